@@ -1,0 +1,175 @@
+"""The checkpoint file: plain dicts of tensors, numbers, strings, lists and dicts, written whole or not at all.
+
+    checkpoint = read_checkpoint("best_emotion_model.pth")      # a dict; refuses files that carry code
+    model = build_model(checkpoint)                             # the network, in evaluation mode
+"""
+
+import os
+import pickle
+import zipfile
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from models import InputError, InputSpec, create_model, get_arch, head_prefix, load_backbone
+
+FORMAT_VERSION = 1
+BEST_NAME, FINAL_NAME = "best_emotion_model.pth", "final_emotion_model.pth"
+_TYPES = {
+    "format_version": int, "arch": str, "num_classes": int, "class_names": list, "input_spec": dict,
+    "temperature": float, "trained_on": str, "state_dict": dict, "epoch": int, "metrics": dict, "config": dict,
+}  # fmt: skip
+
+
+def make_checkpoint(
+    model: nn.Module, class_names: list[str], *, trained_on: str, epoch: int, metrics: dict, config: dict
+) -> dict:
+    """What a checkpoint of `model` (plain, not wrapped) holds; `metrics` and `config` must be plain values."""
+    return {
+        "format_version": FORMAT_VERSION,
+        "arch": model.arch,
+        "num_classes": model.num_classes,
+        "class_names": list(class_names),
+        "input_spec": model.input_spec.to_dict(),
+        "temperature": 1.0,
+        "trained_on": trained_on,
+        "state_dict": {key: value.detach().cpu().clone() for key, value in model.state_dict().items()},
+        "epoch": epoch,
+        "metrics": metrics,
+        "config": config,
+    }
+
+
+def replace_file(path: str | Path, write) -> None:
+    """Calls `write(temporary_path)` and moves the result onto `path`, which is either as before or whole and new.
+
+    Raises InputError that names `path` where it can't be written; no temporary file is left behind.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write(temporary)
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch reports a failed write as a RuntimeError
+        raise InputError(f"can't write {path}: {' '.join(str(error).split())[:200]}") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save_checkpoint(checkpoint: dict, path: str | Path) -> None:
+    """Writes `checkpoint` atomically; raises InputError where `path` can't be written."""
+    replace_file(path, lambda temporary: torch.save(checkpoint, temporary))
+
+
+def _read(path: Path):
+    """What torch.load makes of `path` without running code; InputError with one line where it refuses."""
+    if not path.exists():
+        raise InputError(f"no checkpoint at {path}")
+    if not path.is_file():
+        raise InputError(f"{path} is not a file")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except PermissionError:
+        raise InputError(f"no permission to read {path}") from None
+    except Exception:  # what torch.load raises on foreign or damaged bytes is not documented, and varies
+        raise InputError(f"{path} is no checkpoint: {_what_is_wrong(path)}") from None
+
+
+def _what_is_wrong(path: Path) -> str:
+    if path.stat().st_size == 0:
+        return "the file is empty"
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            names = {name.rpartition("/")[2] for name in archive.namelist()}
+        if "constants.pkl" in names:
+            return "it is a TorchScript file"
+        if "data.pkl" in names:
+            return "it is damaged, or holds Python objects other than tensors and plain values, which could run code"
+        return "it is a zip archive of something else"
+    with path.open("rb") as file:
+        if file.read(1) == pickle.PROTO:
+            return "it is a bare pickle, which could run code; save a state_dict or a checkpoint with torch.save"
+    return "it is damaged, cut short or of another kind"
+
+
+def read_checkpoint(path: str | Path) -> dict:
+    """A checkpoint of this project on the CPU, its parts checked for presence and type.
+
+    Raises InputError with one line for anything else, a file that would run code when loaded among them.
+    """
+    checkpoint = _read(Path(path))
+    if not isinstance(checkpoint, dict) or "format_version" not in checkpoint:
+        raise InputError(f"{path} is not a checkpoint of this project (bare weights go to training, with --weights)")
+    if checkpoint["format_version"] != FORMAT_VERSION:
+        raise InputError(
+            f"{path} has checkpoint format {checkpoint['format_version']!r}, and this version reads {FORMAT_VERSION}: "
+            "use the version of this project that wrote it"
+        )
+    for key, kind in _TYPES.items():
+        if not isinstance(checkpoint.get(key), kind):
+            raise InputError(f"{path} is damaged: its {key!r} is missing or no {kind.__name__}")
+    names = checkpoint["class_names"]
+    if len(set(names)) != checkpoint["num_classes"] or len(names) != checkpoint["num_classes"]:
+        raise InputError(f"{path} is damaged: {checkpoint['num_classes']} classes, but class_names are {names}")
+    return checkpoint
+
+
+def build_model(checkpoint: dict, path: str | Path = "the checkpoint") -> nn.Module:
+    """The network of a checkpoint on the CPU, in evaluation mode, with `class_names`, `temperature`, `trained_on`.
+
+    Raises InputError where arch, weights and shapes don't belong together; `path` is named in it.
+    """
+    spec = InputSpec.from_dict(checkpoint["input_spec"])
+    try:
+        model = create_model(checkpoint["arch"], checkpoint["num_classes"], image_size=spec.image_size)
+        model.load_state_dict(checkpoint["state_dict"])
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+    except (RuntimeError, AttributeError, TypeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise InputError(f"{path}: its weights don't fit {checkpoint['arch']}: {reason}") from None
+    model.input_spec = spec
+    for key in ("class_names", "temperature", "trained_on"):
+        setattr(model, key, checkpoint[key])
+    return model.eval()
+
+
+def load_initial_weights(model: nn.Module, path: str | Path) -> str:
+    """Starts `model` from one of our checkpoints of the same arch, or from a bare state_dict such as torchvision's.
+
+    A head of another size is left as it is. Returns one line that says what was loaded; raises InputError where
+    the file is of another arch or does not fit.
+    """
+    loaded = _read(Path(path))
+    if isinstance(loaded, dict) and "format_version" in loaded:
+        checkpoint = read_checkpoint(path)
+        if checkpoint["arch"] != model.arch:
+            raise InputError(f"--weights {path} is of arch {checkpoint['arch']}, but --arch is {model.arch}")
+        return _load_matching(model, checkpoint["state_dict"], path)
+    if not isinstance(loaded, dict) or not all(isinstance(value, torch.Tensor) for value in loaded.values()):
+        raise InputError(f"--weights {path} holds neither a checkpoint nor a state_dict")
+    if head_prefix(model.arch):
+        own_head = {key for key in model.state_dict() if key.startswith(head_prefix(model.arch))}
+        if not own_head <= set(loaded):  # torchvision's file, whose head is of another make
+            load_backbone(model, loaded)
+            return f"{path}: backbone loaded, the head starts anew"
+    return _load_matching(model, loaded, path)
+
+
+def _load_matching(model: nn.Module, state_dict: dict[str, torch.Tensor], path: str | Path) -> str:
+    """Loads all of `state_dict`; the last layer is left as it is where its number of classes is another."""
+    own = model.state_dict()
+    last = list(own)[-1].rpartition(".")[0]  # the layer that makes logits stands last in every network here
+    replaced = [key for key in own if key.startswith(last + ".") and key in state_dict]
+    replaced = [key for key in replaced if own[key].shape != state_dict[key].shape]
+    try:
+        model.load_state_dict({**state_dict, **{key: own[key] for key in replaced}})
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:300]
+        raise InputError(f"--weights {path} doesn't fit {get_arch(model.arch).name}: {reason}") from None
+    if replaced:
+        return f"{path}: loaded but for its last layer, which has {state_dict[replaced[0]].shape[0]} classes"
+    return f"{path}: all weights loaded"

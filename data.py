@@ -1,0 +1,449 @@
+"""Pictures to tensors: decoding, the folder cache, splits and batches. Augmentation stands in augment.py.
+
+    images = FolderImages("train", InputSpec())         # images.images: uint8 (N, C, H, W), decoded once and cached
+    picture = read_image("photo.jpg", InputSpec())      # uint8 (C, H, W), the same decoding
+"""
+
+import hashlib
+import io
+import json
+import os
+import stat
+import sys
+import time
+import zlib
+from collections import Counter, deque
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from tqdm import tqdm
+
+from models import InputError, InputSpec
+
+CACHE_VERSION = 1  # raise it whenever decoding or the cache's layout changes
+EXTENSIONS = {".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm", ".pbm"}
+SAMPLE_PREFIX = "drawing_"  # how the files of the sample set are called
+MAX_PIXELS = 100_000_000  # pictures of more are refused before decoding: they would take over 300 MB each
+_GRAY_MODES = {"1", "L", "LA", "La", "I", "I;16", "I;16B", "I;16L", "I;16N"}
+_CHUNK = 256  # pictures decoded by one task
+
+
+def printable(text) -> str:
+    """`text` with control characters and undecodable bytes escaped, safe to print whatever a file is called."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
+
+
+# Decoding
+
+
+def read_image(source, spec: InputSpec) -> np.ndarray:
+    """A picture as uint8 (C, H, W), 0-255, resized to `spec`; C is `spec.stored_channels`.
+
+    `source` is a path, a PIL image, or a uint8 array (H, W, 3) in RGB order or (H, W). EXIF rotation is applied,
+    transparency is laid on white, 16 bits are reduced to 8, an animation counts as its first frame. Raises
+    InputError (a ValueError) with the file's name for whatever can't be decoded in full.
+    """
+    try:
+        return _to_pixels(_open(source), spec, spec.stored_channels)
+    except InputError:
+        raise
+    except Exception as error:  # decoders raise anything from SyntaxError to struct.error on damaged files
+        name = printable(source) if isinstance(source, str | os.PathLike) else "the picture"
+        reason = printable(error).split(" <", 1)[0] if str(error) else type(error).__name__
+        raise InputError(f"can't read {name}: {reason}") from None
+
+
+def _open(source) -> Image.Image:
+    if isinstance(source, Image.Image):
+        return source
+    if isinstance(source, np.ndarray):
+        if source.dtype != np.uint8 or not (source.ndim == 2 or (source.ndim == 3 and source.shape[2] == 3)):
+            raise ValueError(f"an array must be uint8 (H, W, 3) or (H, W), not {source.dtype} {source.shape}")
+        return Image.fromarray(source)
+    info = os.stat(source)
+    if not stat.S_ISREG(info.st_mode):
+        raise ValueError("it is not a regular file")
+    if info.st_size == 0:
+        raise ValueError("the file is empty")
+    image = Image.open(io.BytesIO(Path(source).read_bytes()))
+    if image.width * image.height > MAX_PIXELS:
+        raise ValueError(f"{image.width} x {image.height} pixels are more than the {MAX_PIXELS:,} that are allowed")
+    return image
+
+
+def _to_pixels(image: Image.Image, spec: InputSpec, channels: int) -> np.ndarray:
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):  # 16 bits, which Pillow's own conversion would clip at 255 instead of scaling
+        pixels = np.asarray(image).astype(np.int64).clip(0, 65535) >> 8
+        image = Image.fromarray(pixels.astype(np.uint8))
+    elif image.mode == "F":
+        raise ValueError("floating-point pixels have no agreed range; save it with 8 bits a channel")
+    elif image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    image = image.convert("L" if channels == 1 else "RGB")
+    if image.size != (spec.image_size, spec.image_size):
+        image = image.resize((spec.image_size, spec.image_size), Image.Resampling.BILINEAR)
+    pixels = np.asarray(image)
+    return pixels[None] if channels == 1 else np.ascontiguousarray(pixels.transpose(2, 0, 1))
+
+
+def normalise(images: torch.Tensor, spec: InputSpec) -> torch.Tensor:
+    """float32 (N, C, H, W) in 0-1 -> what the network eats: normalised, one gray channel expanded to three."""
+    mean = torch.tensor(spec.mean, device=images.device).view(1, -1, 1, 1)
+    std = torch.tensor(spec.std, device=images.device).view(1, -1, 1, 1)
+    return (images - mean) / std  # (N, 1, H, W) against (1, 3, 1, 1) expands
+
+
+def to_input(images: torch.Tensor, spec: InputSpec) -> torch.Tensor:
+    """uint8 (N, C, H, W), 0-255 -> float32 (N, spec.channels, H, W), scaled and normalised."""
+    return normalise(images.float() / 255, spec)
+
+
+# Folders
+
+
+class Picture(NamedTuple):
+    path: str
+    label: int
+    size: int  # bytes
+    mtime_ns: int
+
+
+def _is_hidden(name: str) -> bool:
+    return name.startswith((".", "__"))
+
+
+def find_classes(folder: str | Path) -> list[str]:
+    """Sorted names of the class folders in `folder`; hidden ones are none. InputError where there is none."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise InputError(f"no folder {printable(folder)}; it should hold one folder of pictures for each class")
+    try:
+        names = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not _is_hidden(entry.name))
+    except OSError as error:
+        raise InputError(f"can't read the folder {printable(folder)}: {error.strerror}") from None
+    if not names:
+        raise InputError(f"{printable(folder)} holds no class folders; make one for each class, pictures inside")
+    return names
+
+
+def walk_pictures(folder: str | Path) -> list[os.DirEntry]:
+    """Files below `folder` that are pictures by their ending, sorted by path; links are followed, loops are not."""
+    found, folders, seen = [], [str(folder)], set()
+    while folders:
+        current = folders.pop()
+        real = os.path.realpath(current)
+        if real in seen:
+            continue
+        seen.add(real)
+        try:
+            entries = list(os.scandir(current))
+        except OSError as error:
+            raise InputError(f"can't read the folder {printable(current)}: {error.strerror}") from None
+        for entry in entries:
+            if _is_hidden(entry.name):
+                continue
+            if entry.is_dir():
+                folders.append(entry.path)
+            elif os.path.splitext(entry.name)[1].lower() in EXTENSIONS:
+                found.append(entry)
+    return sorted(found, key=lambda entry: entry.path)
+
+
+def list_pictures(folder: str | Path, class_names: list[str]) -> list[Picture]:
+    """Every picture of every class folder in `folder`, in the order of `class_names`, then by path.
+
+    Raises InputError for a class folder without pictures, and for one that is not in `class_names`.
+    """
+    found = find_classes(folder)
+    if not set(found) <= set(class_names):
+        raise InputError(
+            f"classes differ: {printable(folder)} has {printable(found)}, but the network knows "
+            f"{printable(class_names)}; rename or remove {printable(sorted(set(found) - set(class_names)))}"
+        )
+    pictures = []
+    for name in found:
+        entries = walk_pictures(Path(folder) / name)
+        if not entries:
+            raise InputError(f"the class folder {printable(Path(folder) / name)} holds no pictures; fill or remove it")
+        for entry in entries:
+            try:
+                info = entry.stat()
+                pictures.append(Picture(entry.path, class_names.index(name), info.st_size, info.st_mtime_ns))
+            except OSError:  # a dangling link: listed, so that decoding names it
+                pictures.append(Picture(entry.path, class_names.index(name), 0, 0))
+    return pictures
+
+
+def default_cache_dir() -> Path:
+    """The user's cache folder, by the custom of the system."""
+    if sys.platform == "win32":
+        base = os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local"
+    elif sys.platform == "darwin":
+        base = Path.home() / "Library" / "Caches"
+    else:
+        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "emotion_cnn"
+
+
+def is_sample_set(paths: list[str]) -> bool:
+    """Whether all pictures are the drawings that come with the project, told by their names."""
+    return all(os.path.basename(path).startswith(SAMPLE_PREFIX) for path in paths)
+
+
+class FolderImages:
+    """A folder of class folders, decoded once, as one uint8 array that is memory-mapped from the cache.
+
+    images      uint8 (N, C, H, W); C is 1 where every picture is gray, else `spec.stored_channels`
+    labels      int64 (N,), positions in `class_names`
+    paths       list of N paths
+    digests     list of N hashes of the pixels; equal pictures have equal ones
+    unreadable  dict, path to reason, of the pictures that are left out
+    notes       list of lines that the user should see
+
+    `class_names` defaults to the folder's own. Raises InputError for a missing or empty folder, unknown classes, a
+    class left without pictures, and with `strict` for the first picture that can't be read.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        spec: InputSpec,
+        *,
+        class_names: list[str] | None = None,
+        cache_dir: str | Path | None = None,
+        strict: bool = False,
+    ):
+        self.folder, self.spec, self.notes = Path(folder), spec, []
+        self.class_names = class_names or find_classes(folder)
+        listed = list_pictures(folder, self.class_names)
+        self.images, self.digests, unreadable = self._load_or_build(listed, Path(cache_dir or default_cache_dir()))
+        self.unreadable = {listed[int(row)].path: reason for row, reason in unreadable.items()}
+        kept = [picture for row, picture in enumerate(listed) if str(row) not in unreadable]
+        self.paths = [picture.path for picture in kept]
+        self.labels = np.array([picture.label for picture in kept], dtype=np.int64)
+        self._report_unreadable(strict, {picture.label for picture in listed})
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def _report_unreadable(self, strict: bool, expected: set[int]) -> None:
+        lines = [f"can't read {printable(path)}: {reason}" for path, reason in self.unreadable.items()]
+        if strict and lines:
+            raise InputError(f"{lines[0]} (--strict stops at the first of {len(lines)}; mend or remove it)")
+        for label in sorted(expected - set(self.labels.tolist())):
+            name = printable(self.folder / self.class_names[label])
+            raise InputError(f"no picture in {name} can be read, so the class is empty; for example, {lines[0]}")
+        if lines:
+            self.notes += lines[:50] + [f"... and {len(lines) - 50} more"] * (len(lines) > 50)
+            self.notes.append(f"left out {len(lines)} of {len(lines) + len(self)} pictures in {printable(self.folder)}")
+
+    def _load_or_build(self, listed: list[Picture], cache_dir: Path):
+        path = cache_dir / self._cache_name(listed)
+        try:
+            return _read_cache(path)
+        except (OSError, ValueError, KeyError, TypeError):
+            pass  # none yet, or a damaged one, which is rebuilt
+        try:
+            cache_dir.mkdir(parents=True, exist_ok=True)
+            temporary = path.with_suffix(f".{os.getpid()}.tmp")
+            try:
+                with temporary.open("wb") as file:
+                    self._decode_into(file, listed)
+                os.replace(temporary, path)
+            finally:
+                temporary.unlink(missing_ok=True)
+            _remove_stale(path)
+            return _read_cache(path)
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or error
+            self.notes.append(f"no cache in {cache_dir} ({reason}): this run keeps the pictures in memory")
+            file = io.BytesIO()
+            self._decode_into(file, listed)
+            return _parse_cache(np.frombuffer(file.getbuffer(), np.uint8))
+
+    def _cache_name(self, listed: list[Picture]) -> str:
+        """FOLDER-SPEC-FILES.cache, so that stale ones of the same folder and spec can be told."""
+        folder = os.path.realpath(self.folder)
+        files = [(os.path.relpath(p.path, self.folder), p.size, p.mtime_ns) for p in listed]
+        spec = (CACHE_VERSION, self.spec.image_size, self.spec.stored_channels)
+        parts = [os.fsencode(folder), repr(spec).encode(), repr(files).encode("utf-8", "surrogateescape")]
+        return "-".join(hashlib.sha256(part).hexdigest()[:16] for part in parts) + ".cache"
+
+    def _decode_into(self, file, listed: list[Picture]) -> None:
+        """Writes the cache: pixels, a JSON trailer, the trailer's length in eight bytes."""
+        channels = 1  # a gray set keeps one channel; the first picture in colour starts the work again with three
+        while True:
+            trailer = {"unreadable": {}, "digests": [], "crc": 0}
+            bar = tqdm(total=len(listed), desc=f"decoding {self.folder.name}", unit="img", leave=False, delay=1)
+            with bar, ThreadPoolExecutor(os.cpu_count()) as pool:
+                for start, results in _map_chunks(pool, listed, self.spec, channels):
+                    if any(result is None for result in results):
+                        break
+                    for row, result in enumerate(results, start):
+                        if isinstance(result, str):
+                            trailer["unreadable"][str(row)] = result
+                            continue
+                        trailer["digests"].append(hashlib.blake2b(result, digest_size=8).hexdigest())
+                        trailer["crc"] = zlib.crc32(result, trailer["crc"])
+                        file.write(result)
+                    bar.update(len(results))
+                else:
+                    break
+            channels = self.spec.stored_channels
+            file.seek(0)
+            file.truncate()
+        trailer["shape"] = [len(trailer["digests"]), channels, self.spec.image_size, self.spec.image_size]
+        encoded = json.dumps(trailer).encode()
+        file.write(encoded + len(encoded).to_bytes(8, "little"))
+
+
+def _map_chunks(pool: ThreadPoolExecutor, listed: list[Picture], spec: InputSpec, channels: int):
+    """Yields (first row, results) in order, with few chunks in flight, so that memory doesn't grow with the set."""
+    starts, running = deque(range(0, len(listed), _CHUNK)), deque()
+    while starts or running:
+        while starts and len(running) < 2 * pool._max_workers:
+            start = starts.popleft()
+            running.append((start, pool.submit(_decode_chunk, listed[start : start + _CHUNK], spec, channels)))
+        start, future = running.popleft()
+        yield start, future.result()
+
+
+def _decode_chunk(pictures: list[Picture], spec: InputSpec, channels: int) -> list:
+    """For each picture its pixels, or a str that says why it can't be read, or None: it has a colour too many."""
+    results = []
+    for picture in pictures:
+        try:
+            image = _open(picture.path)
+            if channels < spec.stored_channels and image.mode not in _GRAY_MODES:
+                return [None]
+            results.append(_to_pixels(image, spec, channels))
+        except Exception as error:  # as in read_image
+            results.append(printable(error).split(" <", 1)[0] if str(error) else type(error).__name__)
+    return results
+
+
+def _read_cache(path: Path):
+    """(images, digests, unreadable) of a cache file; OSError or ValueError where there is none or it is damaged."""
+    if path.stat().st_size < 8:
+        raise ValueError("cut short")
+    return _parse_cache(np.memmap(path, np.uint8, mode="r"))
+
+
+def _parse_cache(raw: np.ndarray):
+    length = int.from_bytes(raw[-8:].tobytes(), "little")
+    if length > len(raw) - 8:
+        raise ValueError("cut short")
+    trailer = json.loads(raw[len(raw) - 8 - length : -8].tobytes())
+    pixels = raw[: len(raw) - 8 - length]
+    crc = 0
+    for start in range(0, len(pixels), 1 << 24):
+        crc = zlib.crc32(pixels[start : start + (1 << 24)], crc)
+    if crc != trailer["crc"] or len(trailer["digests"]) != trailer["shape"][0]:
+        raise ValueError("damaged")
+    return pixels.reshape(trailer["shape"]), trailer["digests"], trailer["unreadable"]
+
+
+def _remove_stale(path: Path) -> None:
+    """Removes caches of the same folder and spec with other files, and what killed runs left a day ago."""
+    folder_and_spec = path.stem.rpartition("-")[0]
+    for other in path.parent.glob(f"{folder_and_spec}-*"):
+        is_old_rest = other.suffix == ".tmp" and time.time() - other.stat().st_mtime > 86_400
+        if (other.suffix == ".cache" and other != path) or is_old_rest:
+            try:
+                other.unlink()
+            except OSError:  # Windows keeps a file that another process has mapped
+                continue
+
+
+# Splits and batches
+
+
+def split_train_val(labels: np.ndarray, digests: list[str], fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Positions (train, val), each sorted: a share of every class for validation, equal pictures on one side.
+
+    A class of a single picture (copies counted once) stays in train whole.
+    """
+    groups: dict[str, list[int]] = {}
+    for index, digest in enumerate(digests):
+        groups.setdefault(digest, []).append(index)
+    rng = np.random.default_rng(seed)
+    chosen = []
+    for label in np.unique(labels):
+        own = [groups[digest] for digest in sorted(groups) if labels[groups[digest][0]] == label]
+        if len(own) < 2:
+            continue
+        target, count = max(1, round(fraction * sum(map(len, own)))), 0
+        order = [own[position] for position in rng.permutation(len(own))]
+        for group in order[:-1]:  # one group at least stays in train
+            if count + len(group) <= target or count == 0:
+                chosen += group
+                count += len(group)
+    is_val = np.zeros(len(labels), bool)
+    is_val[chosen] = True
+    return np.flatnonzero(~is_val), np.flatnonzero(is_val)
+
+
+def hash_split(*parts: tuple[list[str], np.ndarray]) -> str:
+    """A hash over (digests, labels) of the parts of a split, to tell on resume that nothing has changed."""
+    return hashlib.sha256(json.dumps([[d, np.asarray(y).tolist()] for d, y in parts]).encode()).hexdigest()[:16]
+
+
+def batch_bounds(count: int, batch_size: int, least: int = 2) -> list[tuple[int, int]]:
+    """(start, stop) of the batches of `count` pictures; a last one of fewer than `least` joins the one before."""
+    starts = list(range(0, count, batch_size))
+    if len(starts) > 1 and count - starts[-1] < least:
+        starts.pop()
+    return list(zip(starts, [*starts[1:], count], strict=True))
+
+
+class Batches:
+    """Pictures `indices` of `data` as batches on `device`: `for images, labels in batches.iterate(64)`.
+
+    images uint8 (n, C, H, W), labels int64 (n,). On an accelerator the pictures are moved there once, where they
+    take under a quarter of its memory; else they are read from the memory map, batch by batch.
+    """
+
+    def __init__(self, data: FolderImages, indices: np.ndarray, device: torch.device):
+        self.device, self.labels = device, torch.from_numpy(data.labels[indices]).to(device)
+        self._images, self._rows, self._resident = np.asarray(data.images), np.asarray(indices), None
+        if device.type == "cuda":
+            size = len(indices) * self._images[:1].nbytes
+            if size < torch.cuda.get_device_properties(device).total_memory / 4:
+                self._resident = torch.from_numpy(self._images[self._rows]).to(device)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def bounds(self, batch_size: int) -> list[tuple[int, int]]:
+        """(start, stop) of the batches of one epoch."""
+        return batch_bounds(len(self), batch_size)
+
+    def class_counts(self, num_classes: int) -> list[int]:
+        counts = Counter(self.labels.tolist())
+        return [counts[label] for label in range(num_classes)]
+
+    def iterate(self, batch_size: int, order: torch.Tensor | None = None):
+        """Yields batches in the order given (int64, positions in this object), or one after the other."""
+        order = torch.arange(len(self)) if order is None else order
+        rows, order = order.numpy(), order.to(self.device)
+        for start, stop in batch_bounds(len(order), batch_size):
+            if self._resident is None:
+                images = torch.from_numpy(self._images[self._rows[rows[start:stop]]]).to(self.device, non_blocking=True)
+            else:
+                images = self._resident[order[start:stop]]
+            yield images, self.labels[order[start:stop]]
+
+
+def draw_order(labels: torch.Tensor, *, balanced: bool, generator: torch.Generator) -> torch.Tensor:
+    """Positions for one epoch: a permutation, or with `balanced` draws that give every class the same chance."""
+    labels = labels.cpu()
+    if not balanced:
+        return torch.randperm(len(labels), generator=generator)
+    counts = torch.bincount(labels).float()
+    return torch.multinomial(1 / counts[labels], len(labels), replacement=True, generator=generator)

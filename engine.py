@@ -1,0 +1,244 @@
+"""The loops: one training step, one epoch, evaluation; EMA, schedules, device and precision.
+
+Nothing here knows about files or networks: pictures come as batches (uint8 images, int64 labels) and a function
+`prepare` turns images into what the network eats.
+"""
+
+import copy
+import math
+import time
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from models import InputError
+
+OPTIMIZERS = ("adam", "adamw", "sgd")
+SCHEDULES = ("none", "plateau", "cosine", "onecycle")
+PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    """"auto" is CUDA, then MPS, then the CPU. Raises InputError for a device that isn't there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError):
+        raise InputError(f"--device {name}: this machine or this build of PyTorch has no such device") from None
+    return device
+
+
+def pick_precision(name: str, device: torch.device) -> torch.dtype:
+    """"auto" is bfloat16 where the hardware multiplies in it, else float32. Raises InputError for what can't be."""
+    if name == "auto":
+        name = "bf16" if _has_bf16(device) else "fp32"
+    if name == "fp16" and device.type != "cuda":
+        raise InputError(f"--precision fp16 needs a CUDA device, and this is {device.type}; bf16 and fp32 work here")
+    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
+
+
+def _has_bf16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cpu":
+        capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+        return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") or capabilities.get("bf16"))
+    return False
+
+
+def autocast(device: torch.device, precision: torch.dtype) -> torch.autocast:
+    return torch.autocast(device.type, dtype=precision, enabled=precision != torch.float32)
+
+
+def memory_format(device: torch.device) -> torch.memory_format:
+    """channels_last is what convolutions run fastest in; MPS wants plain contiguous tensors."""
+    return torch.contiguous_format if device.type == "mps" else torch.channels_last
+
+
+def seed_epoch(seed: int, epoch: int, rank: int = 0) -> int:
+    """Seeds torch's own generators (dropout) for one epoch and returns the seed, for the generators of the data.
+
+    Everything random in an epoch follows from (seed, epoch, rank), so a resumed run needs no generator's state.
+    """
+    mixed = (seed * 1_000_003 + epoch) * 1_009 + rank
+    torch.manual_seed(mixed)
+    return mixed
+
+
+def make_optimizer(name: str, model: nn.Module, *, lr: float, weight_decay: float) -> torch.optim.Optimizer:
+    """Adam, AdamW, or SGD with Nesterov momentum 0.9, over the parameters that learn."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    fused = parameters[0].device.type in ("cpu", "cuda")
+    if name == "sgd":
+        options = {"momentum": 0.9, "nesterov": True, "fused": fused}
+        return torch.optim.SGD(parameters, lr=lr, weight_decay=weight_decay, **options)
+    kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[name]
+    return kind(parameters, lr=lr, weight_decay=weight_decay, fused=fused)
+
+
+def make_scheduler(name: str, optimizer: torch.optim.Optimizer, *, total_steps: int):
+    """torch's scheduler, or None. cosine and onecycle step after every batch, plateau after every epoch.
+
+    plateau halves the learning rate after three epochs without a lower validation loss. onecycle is Smith & Topin
+    2017, arXiv:1708.07120; its peak is the optimiser's lr.
+    """
+    schedulers = torch.optim.lr_scheduler
+    if name == "plateau":
+        return schedulers.ReduceLROnPlateau(optimizer, factor=0.5, patience=3)
+    if name == "cosine":
+        return schedulers.CosineAnnealingLR(optimizer, T_max=total_steps)
+    if name == "onecycle":
+        return schedulers.OneCycleLR(optimizer, max_lr=optimizer.param_groups[0]["lr"], total_steps=total_steps)
+    return None
+
+
+def steps_per_batch(scheduler) -> bool:
+    return scheduler is not None and not isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau)
+
+
+class Ema:
+    """Exponential moving average of a network, batch-norm's running statistics included.
+
+    The decay warms up as (1 + n) / (10 + n) over the updates n, so that short runs aren't held at their start.
+    """
+
+    def __init__(self, model: nn.Module, decay: float):
+        self.model = copy.deepcopy(model).eval().requires_grad_(False)
+        self.decay, self.updates = decay, 0
+
+    @torch.no_grad()
+    def update(self, model: nn.Module) -> None:
+        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        self.updates += 1
+        averaged, current = self.model.state_dict(), model.state_dict()
+        floats = [key for key, value in averaged.items() if value.is_floating_point()]
+        torch._foreach_lerp_([averaged[key] for key in floats], [current[key] for key in floats], 1 - decay)
+        for key in averaged.keys() - set(floats):  # counters
+            averaged[key].copy_(current[key])
+
+    def state_dict(self) -> dict:
+        return {"updates": self.updates, "state_dict": self.model.state_dict()}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.updates = state["updates"]
+        self.model.load_state_dict(state["state_dict"])
+
+
+class TrainStep:
+    """One optimiser step on one batch: prepare, forward, loss, backward, clip, update, schedule, EMA.
+
+    `prepare` maps uint8 images (N, C, H, W) to the network's float32 input. The loss is the cross-entropy summed
+    over the batch, weighted by `class_weights` (num_classes,), divided by the number of pictures. `grad_accum`
+    splits a batch into that many passes whose gradients add up: the same step in less memory.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        prepare: Callable[[torch.Tensor], torch.Tensor],
+        *,
+        precision: torch.dtype = torch.float32,
+        scheduler=None,
+        class_weights: torch.Tensor | None = None,
+        label_smoothing: float = 0.0,
+        grad_accum: int = 1,
+        clip_grad: float = 0.0,
+        ema: Ema | None = None,
+    ):
+        self.model, self.optimizer, self.prepare, self.precision = model, optimizer, prepare, precision
+        self.scheduler, self.ema = scheduler, ema
+        self.class_weights, self.label_smoothing = class_weights, label_smoothing
+        self.grad_accum, self.clip_grad = grad_accum, clip_grad
+        self.device = next(model.parameters()).device
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == torch.float16)
+
+    def __call__(self, images: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns (loss summed over the batch, number of right predictions), still on the device."""
+        inputs = self.prepare(images).contiguous(memory_format=memory_format(self.device))
+        passes = max(1, min(self.grad_accum, len(labels) // 2))  # batch-norm needs two pictures a pass
+        loss_sum, correct = 0.0, 0
+        for part, target in zip(inputs.tensor_split(passes), labels.tensor_split(passes), strict=True):
+            with autocast(self.device, self.precision):
+                logits = self.model(part)
+            loss = F.cross_entropy(
+                logits.float(), target, self.class_weights, label_smoothing=self.label_smoothing, reduction="sum"
+            )
+            self.scaler.scale(loss / len(labels)).backward()
+            loss_sum = loss_sum + loss.detach()
+            correct = correct + (logits.detach().argmax(1) == target).sum()
+        if self.clip_grad:
+            self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_grad)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        if steps_per_batch(self.scheduler):
+            self.scheduler.step()
+        if self.ema:
+            self.ema.update(self.model)
+        return loss_sum, correct
+
+
+def train_one_epoch(
+    step: TrainStep, batches: Iterable[tuple[torch.Tensor, torch.Tensor]], *, total: int, title: str = ""
+) -> dict[str, float]:
+    """One epoch over `batches` of `total` pictures. Returns loss and acc per picture, and images_per_s.
+
+    The network must be in training mode. Raises FloatingPointError where the loss is no finite number any more.
+    """
+    loss_sum, correct, count, shown = 0.0, 0, 0, 0.0
+    start = time.perf_counter()
+    with tqdm(total=total, desc=title, unit="img", leave=False) as bar:
+        for number, (images, labels) in enumerate(batches):
+            loss, right = step(images, labels)
+            loss_sum, correct, count = loss_sum + loss, correct + right, count + len(labels)
+            now = time.perf_counter()
+            if now - shown > 0.5 or count == total:  # reading a sum waits for the device, so only now and then
+                shown = now
+                mean = float(loss_sum) / count
+                if not math.isfinite(mean):
+                    lr = step.optimizer.param_groups[0]["lr"]
+                    raise FloatingPointError(f"the loss became {mean} by step {number + 1} at learning rate {lr:g}")
+                bar.update(count - bar.n)
+                bar.set_postfix(loss=f"{mean:.4f}", acc=f"{100 * int(correct) / count:.1f}%", refresh=False)
+    seconds = time.perf_counter() - start
+    return {"loss": mean, "acc": int(correct) / count, "images_per_s": count / seconds}
+
+
+@torch.inference_mode()
+def evaluate(
+    model: nn.Module,
+    batches: Iterable[tuple[torch.Tensor, torch.Tensor]],
+    prepare: Callable[[torch.Tensor], torch.Tensor],
+    *,
+    temperature: float = 1.0,
+    tta: bool = False,
+    precision: torch.dtype = torch.float32,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probabilities float32 (N, num_classes) and labels int64 (N,) on the CPU, in the order of the batches.
+
+    `tta` averages the probabilities over each picture and its mirror image. Puts the network in evaluation mode.
+    """
+    model.eval()
+    device = next(model.parameters()).device
+    log_probs, targets = [], []
+    for images, labels in batches:
+        inputs = prepare(images).contiguous(memory_format=memory_format(device))
+        views = [inputs, inputs.flip(-1)] if tta else [inputs]
+        with autocast(device, precision):
+            logits = [model(view) for view in views]
+        parts = [F.log_softmax(logit.float() / temperature, dim=1) for logit in logits]
+        log_probs.append(torch.logsumexp(torch.stack(parts), 0) - math.log(len(parts)))
+        targets.append(labels)
+    return torch.cat(log_probs).cpu(), torch.cat(targets).cpu()
+
+
+def loss_and_accuracy(log_probs: torch.Tensor, labels: torch.Tensor) -> tuple[float, float]:
+    """Cross-entropy and accuracy (a fraction), both means over pictures."""
+    return F.nll_loss(log_probs, labels).item(), (log_probs.argmax(1) == labels).float().mean().item()

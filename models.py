@@ -1,0 +1,317 @@
+"""The networks, their registry, what each one eats (InputSpec) and how each is trained by default (Recipe).
+
+    model = create_model("cnn4_bn", num_classes=7)      # logits = model(images normalised by model.input_spec)
+    list_archs()                                        # the names
+
+S0 to S4 in the docstrings are the five earlier systems whose networks are rebuilt here; every network returns logits.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields, replace
+
+import torch
+from torch import nn
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+class InputError(ValueError):
+    """The user's input is at fault. The message is one line that names the file or flag and says what to do."""
+
+
+@dataclass(frozen=True)
+class InputSpec:
+    """What a network eats. It is saved with the weights, and nothing else decides preprocessing.
+
+    Pictures are squeezed to `image_size` x `image_size` pixels; values 0-255 are scaled to 0-1, then normalised by
+    `mean` and `std`, one number a channel. `gray` says that a network of three channels was trained on gray pictures:
+    a colour picture is then turned gray first, so that it is seen as training saw it.
+    """
+
+    image_size: int = 48
+    channels: int = 1
+    mean: tuple[float, ...] = (0.5,)
+    std: tuple[float, ...] = (0.5,)
+    gray: bool = False
+
+    def __post_init__(self):
+        if not (isinstance(self.image_size, int) and 8 <= self.image_size <= 2048):
+            raise InputError(f"image_size must be a whole number from 8 to 2048, not {self.image_size!r}")
+        if self.channels not in (1, 3):
+            raise InputError(f"channels must be 1 (gray) or 3 (RGB), not {self.channels!r}")
+        for name in ("mean", "std"):
+            values = tuple(float(value) for value in getattr(self, name))
+            if len(values) != self.channels or not all(map(math.isfinite, values)):
+                raise InputError(f"{name} needs one finite number for each of {self.channels} channels, not {values}")
+            object.__setattr__(self, name, values)
+        if min(self.std) <= 0:
+            raise InputError(f"std must be positive, not {self.std}")
+
+    def to_dict(self) -> dict:
+        return {**asdict(self), "mean": list(self.mean), "std": list(self.std)}
+
+    @classmethod
+    def from_dict(cls, values: dict) -> "InputSpec":
+        """Raises InputError where keys are missing, unknown or out of range."""
+        names = {field.name for field in fields(cls)}
+        if not isinstance(values, dict) or set(values) != names:
+            raise InputError(f"an input_spec has the keys {sorted(names)}, not {values!r}")
+        return cls(**values)
+
+    @property
+    def stored_channels(self) -> int:
+        """Channels that a picture must keep before it is expanded: 1 where colour plays no part."""
+        return 1 if self.gray else self.channels
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Default hyperparameters of an arch; any flag of train_emotion_cnn.py overrides. `lr` is for `batch_size`."""
+
+    epochs: int
+    batch_size: int
+    augment: str = "none"
+    optimizer: str = "adam"
+    lr: float = 1e-3
+    weight_decay: float = 0.0
+    schedule: str = "none"
+    class_weights: str = "none"
+    label_smoothing: float = 0.0
+    ema: float = 0.0
+
+
+@dataclass(frozen=True)
+class Arch:
+    name: str
+    build: Callable[..., nn.Module]
+    input_spec: InputSpec
+    recipe: Recipe
+    is_backbone: bool  # a torchvision network under the custom head, with ImageNet weights to start from
+
+
+ARCHS: dict[str, Arch] = {}
+
+
+def register(name: str, recipe: Recipe, input_spec: InputSpec | None = None, is_backbone: bool = False):
+    """Decorator: `build(num_classes, image_size, dropout) -> nn.Module` becomes the arch `name`."""
+
+    def add(build):
+        if name in ARCHS:
+            raise ValueError(f"arch {name!r} is registered twice")
+        ARCHS[name] = Arch(name, build, input_spec or InputSpec(), recipe, is_backbone)
+        return build
+
+    return add
+
+
+def list_archs() -> list[str]:
+    return list(ARCHS)
+
+
+def get_arch(name: str) -> Arch:
+    """Raises InputError that lists the known names."""
+    if name not in ARCHS:
+        raise InputError(f"unknown arch {name!r}; choose from: {', '.join(ARCHS)}")
+    return ARCHS[name]
+
+
+def create_model(
+    arch: str,
+    num_classes: int,
+    *,
+    image_size: int | None = None,
+    dropout: float | None = None,
+    pretrained: bool = False,
+) -> nn.Module:
+    """A network with random weights (ImageNet's where `pretrained`) that maps (N, channels, H, W) float to logits.
+
+    `dropout` replaces every dropout probability of the classifier head. The network carries `arch`, `num_classes`
+    and `input_spec`. Raises InputError for an unknown arch, a size too small, or weights that can't be had.
+    """
+    entry = get_arch(arch)
+    if num_classes < 2:
+        raise InputError(f"a network needs at least 2 classes, not {num_classes}")
+    spec = entry.input_spec if image_size is None else replace(entry.input_spec, image_size=image_size)
+    if spec.image_size < 32:
+        raise InputError(f"--image-size {spec.image_size} is too small for {arch}: 32 is the least")
+    if dropout is not None and not 0 <= dropout < 1:
+        raise InputError(f"--dropout must be at least 0 and below 1, not {dropout}")
+    model = entry.build(num_classes=num_classes, image_size=spec.image_size, dropout=dropout)
+    model.arch, model.num_classes, model.input_spec, model.frozen = arch, num_classes, spec, []
+    if pretrained:
+        load_imagenet_weights(model)
+    return model
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Parameters of the network, without buffers such as batch-norm's running statistics."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+# The scratch networks
+
+
+def _conv(in_channels: int, out_channels: int, *, batch_norm: bool = True) -> list[nn.Module]:
+    norm = [nn.BatchNorm2d(out_channels)] if batch_norm else []
+    return [nn.Conv2d(in_channels, out_channels, 3, padding=1), *norm, nn.ReLU()]
+
+
+def _p(dropout: float | None, default: float) -> float:
+    return default if dropout is None else dropout
+
+
+@register("cnn6_bn", Recipe(epochs=30, batch_size=64, schedule="plateau", augment="flip,rotation=10,translate=0.1"))
+def cnn6_bn(num_classes: int, image_size: int, dropout: float | None) -> nn.Module:
+    """S0's network: six convolutions with batch-norm in three blocks, three linear layers (6.0 M parameters)."""
+    layers, in_channels = [], 1
+    for out_channels in (64, 128, 256):
+        layers += [*_conv(in_channels, out_channels), *_conv(out_channels, out_channels)]
+        layers += [nn.MaxPool2d(2), nn.Dropout(0.25)]
+        in_channels = out_channels
+    layers.append(nn.Flatten())  # (N, 256 * 6 * 6) at 48 pixels
+    in_features = 256 * (image_size // 8) ** 2
+    for out_features in (512, 256):
+        layers += [nn.Linear(in_features, out_features), nn.BatchNorm1d(out_features), nn.ReLU()]
+        layers.append(nn.Dropout(_p(dropout, 0.5)))
+        in_features = out_features
+    return nn.Sequential(*layers, nn.Linear(in_features, num_classes))
+
+
+@register(
+    "cnn6_rgb",
+    Recipe(epochs=60, batch_size=64, augment="flip,rotation=20,brightness=0.5", class_weights="balanced"),
+    InputSpec(channels=3, mean=(0.5,) * 3, std=(0.5,) * 3),
+)
+def cnn6_rgb(num_classes: int, image_size: int, dropout: float | None) -> nn.Module:
+    """S1's network: six convolutions on RGB, batch-norm on the input and after each pooling (0.6 M parameters)."""
+    layers = [nn.BatchNorm2d(3)]
+    side = image_size
+    for a, b, c, pool in ((3, 32, 64, 3), (64, 64, 128, 2), (128, 128, 256, 3)):
+        layers += [*_conv(a, b, batch_norm=False), *_conv(b, c, batch_norm=False)]
+        layers += [nn.MaxPool2d(pool), nn.BatchNorm2d(c)]
+        side //= pool
+    return nn.Sequential(*layers, nn.Flatten(), nn.Dropout(_p(dropout, 0.0)), nn.Linear(256 * side**2, num_classes))
+
+
+@register("cnn4_bn", Recipe(epochs=20, batch_size=32))
+def cnn4_bn(num_classes: int, image_size: int, dropout: float | None) -> nn.Module:
+    """S2's network: four convolutions with batch-norm, each before a pooling, two linear layers (1.6 M parameters)."""
+    layers, in_channels = [], 1
+    for out_channels in (32, 64, 128, 256):
+        layers += [*_conv(in_channels, out_channels), nn.MaxPool2d(2)]
+        in_channels = out_channels
+    layers += [nn.Flatten(), nn.Linear(256 * (image_size // 16) ** 2, 512), nn.ReLU(), nn.Dropout(_p(dropout, 0.5))]
+    return nn.Sequential(*layers, nn.Linear(512, num_classes))
+
+
+@register("cnn4", Recipe(epochs=65, batch_size=500, weight_decay=1e-4, augment="flip,rotation=10,crop=0.8"))
+def cnn4(num_classes: int, image_size: int, dropout: float | None) -> nn.Module:
+    """S3's network: four convolutions, two linear layers (5.0 M parameters); without S3's softmax before the loss."""
+    plain = {"batch_norm": False}
+    return nn.Sequential(
+        *_conv(1, 32, **plain), *_conv(32, 64, **plain), nn.MaxPool2d(2), nn.Dropout(0.25),
+        *_conv(64, 128, **plain), nn.MaxPool2d(2),
+        *_conv(128, 128, **plain), nn.MaxPool2d(2), nn.Dropout(0.25),
+        nn.Flatten(), nn.Linear(128 * (image_size // 8) ** 2, 1024), nn.ReLU(), nn.Dropout(_p(dropout, 0.5)),
+        nn.Linear(1024, num_classes),
+    )  # fmt: skip
+
+
+# The torchvision backbones under S4's head
+
+
+def _head(in_features: int, num_classes: int, dropout: float | None) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Dropout(_p(dropout, 0.5)), nn.Linear(in_features, 256), nn.ReLU(),
+        nn.Dropout(_p(dropout, 0.3)), nn.Linear(256, num_classes),
+    )  # fmt: skip
+
+
+_HEADS = {"resnet18": ("fc", 512), "mobilenet_v2": ("classifier", 1280)}  # where the head stands, what it is fed
+_HEADS |= {"efficientnet_b0": ("classifier", 1280), "mobilenet_v3_large": ("classifier", 960)}
+
+
+def _register_backbone(name: str):
+    def build(num_classes: int, image_size: int, dropout: float | None) -> nn.Module:
+        from torchvision.models import get_model
+
+        model = get_model(name, weights=None)
+        setattr(model, _HEADS[name][0], _head(_HEADS[name][1], num_classes, dropout))
+        return model
+
+    augment = "flip,rotation=10,brightness=0.2,contrast=0.2"
+    recipe = Recipe(epochs=30, batch_size=32, schedule="plateau", augment=augment)
+    register(name, recipe, InputSpec(224, 3, IMAGENET_MEAN, IMAGENET_STD), is_backbone=True)(build)
+
+
+for _name in ("mobilenet_v2", "resnet18", "efficientnet_b0", "mobilenet_v3_large"):
+    _register_backbone(_name)
+
+
+def head_prefix(arch: str) -> str | None:
+    """What the state_dict keys of a backbone's head begin with; None for a scratch network."""
+    return _HEADS[arch][0] + "." if arch in _HEADS else None
+
+
+def load_imagenet_weights(model: nn.Module) -> None:
+    """Puts torchvision's ImageNet weights under the head of a backbone, downloaded where they aren't cached yet.
+
+    Raises InputError where the arch has none or they can't be downloaded, and says how to get them.
+    """
+    if head_prefix(model.arch) is None:
+        raise InputError(f"--pretrained: there are no ImageNet weights for {model.arch}; leave the flag out")
+    from torchvision.models import get_model_weights
+
+    weights = get_model_weights(model.arch).DEFAULT
+    try:
+        state_dict = weights.get_state_dict(progress=True, check_hash=True)
+    except (OSError, RuntimeError) as error:  # URLError is an OSError; a wrong hash is a RuntimeError
+        raise InputError(
+            f"the ImageNet weights of {model.arch} can't be had ({error}): download {weights.url} and pass the file "
+            "with --weights, or train from nothing with --no-pretrained"
+        ) from None
+    load_backbone(model, state_dict)
+
+
+def load_backbone(model: nn.Module, state_dict: dict[str, torch.Tensor]) -> None:
+    """Loads all but the head from torchvision's `state_dict`; raises InputError where the two don't fit."""
+    prefix = head_prefix(model.arch)
+    own = {key: value for key, value in model.state_dict().items() if prefix and key.startswith(prefix)}
+    rest = {key: value for key, value in state_dict.items() if not (prefix and key.startswith(prefix))}
+    try:
+        model.load_state_dict({**rest, **own})
+    except RuntimeError as error:
+        raise InputError(f"these weights don't fit {model.arch}: {' '.join(str(error).split())[:300]}") from None
+
+
+def list_stages(model: nn.Module) -> list[str]:
+    """Names of a backbone's stages from the input on, as --freeze takes them; empty for a scratch network."""
+    if head_prefix(model.arch) is None:
+        return []
+    if hasattr(model, "features"):
+        return [f"features.{name}" for name, _ in model.features.named_children()]
+    return [name for name, child in model.named_children() if name != "fc" and any(True for _ in child.parameters())]
+
+
+def freeze(model: nn.Module, stage: str) -> None:
+    """Freezes a backbone from its input up to and with `stage` ("all": the whole of it, only the head learns).
+
+    Frozen stages get no gradient, and `train_mode` keeps their batch-norm statistics. Raises InputError for a stage
+    that the network does not have, with the list of those that it has.
+    """
+    stages = list_stages(model)
+    if not stages:
+        raise InputError(f"--freeze: {model.arch} is no pretrained backbone and has no stages to freeze")
+    if stage != "all" and stage not in stages:
+        raise InputError(f"--freeze: {model.arch} has no stage {stage!r}; choose from: all, {', '.join(stages)}")
+    model.frozen = stages if stage == "all" else stages[: stages.index(stage) + 1]
+    for name in model.frozen:
+        model.get_submodule(name).requires_grad_(False)
+
+
+def train_mode(model: nn.Module) -> None:
+    """`model.train()`, except that frozen stages stay in evaluation mode."""
+    model.train()
+    for name in model.frozen:
+        model.get_submodule(name).eval()

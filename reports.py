@@ -1,0 +1,141 @@
+"""Metrics from scikit-learn, plots from matplotlib; all of it from labels, log-probabilities and the history."""
+
+from pathlib import Path
+
+import numpy as np
+
+
+def wilson_interval(correct: int, count: int, z: float = 1.96) -> tuple[float, float]:
+    """The 95% interval of a share, after Wilson 1927; both ends are fractions."""
+    share, z2 = correct / count, z * z
+    centre = (share + z2 / (2 * count)) / (1 + z2 / count)
+    half = z / (1 + z2 / count) * np.sqrt(share * (1 - share) / count + z2 / (4 * count * count))
+    return float(centre - half), float(centre + half)
+
+
+def compute_metrics(labels: np.ndarray, log_probs: np.ndarray, class_names: list[str], *, split: str) -> dict:
+    """Plain numbers for metrics.json; fractions, not percent. `labels` int64 (N,), `log_probs` float32 (N, classes).
+
+    Balanced accuracy and macro F1 are means over the classes that have pictures in the split.
+    """
+    from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
+
+    preds, positions = log_probs.argmax(1), np.arange(len(class_names))
+    precision, recall, f1, support = precision_recall_fscore_support(
+        labels, preds, labels=positions, average=None, zero_division=0
+    )
+    correct, present = int((preds == labels).sum()), support > 0
+    per_class = {
+        name: {"precision": float(p), "recall": float(r), "f1": float(f), "support": int(n)}
+        for name, p, r, f, n in zip(class_names, precision, recall, f1, support, strict=True)
+    }
+    return {
+        "split": split,
+        "count": len(labels),
+        "loss": float(-log_probs[np.arange(len(labels)), labels].mean()),
+        "accuracy": correct / len(labels),
+        "accuracy_interval": list(wilson_interval(correct, len(labels))),
+        "macro_f1": float(f1[present].mean()),
+        "balanced_accuracy": float(recall[present].mean()),
+        "per_class": per_class,
+        "class_names": list(class_names),
+        "confusion_matrix": confusion_matrix(labels, preds, labels=positions).tolist(),
+    }
+
+
+def one_class_warning(metrics: dict) -> str | None:
+    """A line where over 80% of the predictions are one class although under 60% of the pictures are."""
+    matrix = np.array(metrics["confusion_matrix"])
+    predicted, actual = matrix.sum(0) / matrix.sum(), matrix.sum(1) / matrix.sum()
+    top = int(predicted.argmax())
+    if predicted[top] <= 0.8 or actual[top] >= 0.6:
+        return None
+    name = metrics["class_names"][top]
+    return (
+        f"warning: {100 * predicted[top]:.0f}% of the predictions are {name!r}, which {100 * actual[top]:.0f}% of the "
+        "pictures are; see 'Always one class' in the README"
+    )
+
+
+def format_report(metrics: dict) -> str:
+    """The classification report as text, percent."""
+    low, high = metrics["accuracy_interval"]
+    width = max(10, *(len(name) for name in metrics["class_names"]))
+    lines = [
+        f"Split: {metrics['split']}, {metrics['count']:,} pictures",
+        f"Accuracy: {100 * metrics['accuracy']:.2f}% (95% interval {100 * low:.2f} to {100 * high:.2f})",
+        f"Macro F1: {100 * metrics['macro_f1']:.2f}%   Balanced accuracy: {100 * metrics['balanced_accuracy']:.2f}%   "
+        f"Loss: {metrics['loss']:.4f}",
+        "",
+        f"{'':{width}}  precision     recall         F1   pictures",
+    ]
+    for name, row in metrics["per_class"].items():
+        shares = "".join(f"{100 * row[key]:10.2f}%" for key in ("precision", "recall", "f1"))
+        lines.append(f"{name:{width}}{shares}{row['support']:11,}")
+    return "\n".join(lines) + "\n"
+
+
+def _figure(width: float, height: float):
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained", dpi=130)
+    FigureCanvasAgg(figure)  # draws to a file without a display, whatever backend the user has set
+    return figure
+
+
+def plot_history(history: list[dict], path: str | Path, *, title: str) -> None:
+    """Loss and accuracy over the epochs, training and validation, with the epoch of the best checkpoint marked."""
+    figure = _figure(11, 4.4)
+    epochs = [row["epoch"] for row in history]
+    best = max(history, key=lambda row: (row["val_acc"], -row["val_loss"]))
+    figure.suptitle(title)
+    panels = zip(figure.subplots(1, 2), ("loss", "acc"), ("Loss", "Accuracy (%)"), (1, 100), strict=True)
+    for axes, key, label, factor in panels:
+        marker = "o" if len(epochs) < 4 else None  # a line through one point can't be seen
+        for split, name in (("train", "training"), ("val", "validation")):
+            axes.plot(epochs, [factor * row[f"{split}_{key}"] for row in history], label=name, marker=marker)
+        axes.axvline(best["epoch"], color="gray", linestyle=":", label=f"best, epoch {best['epoch']}")
+        axes.set(xlabel="Epoch", ylabel=label)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.grid(alpha=0.3)
+        axes.legend()
+    figure.savefig(path, format="png")
+
+
+def plot_confusion_matrix(metrics: dict, path: str | Path) -> None:
+    """Rows are true classes; colour and percent are shares of the row, below them the number of pictures."""
+    matrix, names = np.array(metrics["confusion_matrix"]), metrics["class_names"]
+    shares = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
+    side = max(5.0, 1.5 + 0.85 * len(names))
+    figure = _figure(side + 1, side)
+    axes = figure.subplots()
+    image = axes.imshow(100 * shares, cmap="Blues", vmin=0, vmax=100)
+    for row, column in np.ndindex(*matrix.shape):
+        text = f"{100 * shares[row, column]:.0f}%\n{matrix[row, column]:,}"
+        colour = "white" if shares[row, column] > 0.55 else "black"
+        axes.text(column, row, text, ha="center", va="center", color=colour, fontsize=9)
+    axes.set_xticks(range(len(names)), names, rotation=45, ha="right")
+    axes.set_yticks(range(len(names)), names)
+    title = f"{metrics['split']}: {100 * metrics['accuracy']:.1f}% of {metrics['count']:,} pictures"
+    axes.set(xlabel="Predicted", ylabel="True", title=title)
+    figure.colorbar(image, label="% of the true class", shrink=0.8)
+    figure.savefig(path, format="png")
+
+
+def plot_samples(samples: list[tuple[np.ndarray, str, str, float]], path: str | Path, *, title: str) -> None:
+    """A grid of (picture uint8 (H, W) or (H, W, 3), true class or "", predicted class, confidence in percent)."""
+    columns = min(5, len(samples))
+    rows = -(-len(samples) // columns)
+    figure = _figure(2.1 * columns, 2.45 * rows + 0.5)
+    figure.suptitle(title)
+    for axes, (picture, true, predicted, confidence) in zip(
+        figure.subplots(rows, columns, squeeze=False).flat, samples, strict=False
+    ):
+        axes.imshow(picture, cmap="gray", vmin=0, vmax=255)
+        colour = "black" if not true else "tab:green" if true == predicted else "tab:red"
+        text = f"{predicted} {confidence:.0f}%" + (f"\ntrue: {true}" if true else "")
+        axes.set_title(text, color=colour, fontsize=9)
+    for axes in figure.axes:
+        axes.axis("off")
+    figure.savefig(path, format="png")
