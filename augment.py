@@ -76,10 +76,10 @@ def augment(images: torch.Tensor, spec: InputSpec, strengths: Strengths, generat
     uniform = torch.rand(16, len(images), generator=generator, device=images.device)  # one row for each draw below
     inputs = images.float() / 255
     if strengths.brightness:
-        inputs = (inputs * _between(uniform[0], 1 - strengths.brightness, 1 + strengths.brightness)).clamp(0, 1)
+        inputs = (inputs * _factor(uniform[0], strengths.brightness)).clamp(0, 1)
     if strengths.contrast:
         mean = inputs.mean((1, 2, 3), keepdim=True)
-        inputs = ((inputs - mean) * _between(uniform[1], 1 - strengths.contrast, 1 + strengths.contrast) + mean).clamp(0, 1)
+        inputs = ((inputs - mean) * _factor(uniform[1], strengths.contrast) + mean).clamp(0, 1)
     inputs = normalise(inputs, spec)
     if strengths.has_geometry:
         theta = affine_matrices(uniform[2:10], strengths)
@@ -90,8 +90,8 @@ def augment(images: torch.Tensor, spec: InputSpec, strengths: Strengths, generat
     return inputs
 
 
-def _between(uniform: torch.Tensor, low: float, high: float) -> torch.Tensor:
-    return (low + (high - low) * uniform).view(-1, 1, 1, 1)
+def _factor(uniform: torch.Tensor, strength: float) -> torch.Tensor:
+    return (1 + strength * (2 * uniform - 1)).view(-1, 1, 1, 1)
 
 
 def affine_matrices(uniform: torch.Tensor, strengths: Strengths) -> torch.Tensor:

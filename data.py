@@ -1,4 +1,4 @@
-"""Pictures to tensors: decoding, the folder cache, splits and batches. Augmentation stands in augment.py.
+"""Pictures to uint8 arrays and network input: decoding, folders, the cache. splits.py makes batches of them.
 
     images = FolderImages("train", InputSpec())         # images.images: uint8 (N, C, H, W), decoded once and cached
     picture = read_image("photo.jpg", InputSpec())      # uint8 (C, H, W), the same decoding
@@ -12,7 +12,7 @@ import stat
 import sys
 import time
 import zlib
-from collections import Counter, deque
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -26,7 +26,7 @@ from models import InputError, InputSpec
 
 CACHE_VERSION = 1  # raise it whenever decoding or the cache's layout changes
 EXTENSIONS = {".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm", ".pbm"}
-SAMPLE_PREFIX = "drawing_"  # how the files of the sample set are called
+SAMPLE_PREFIX, SAMPLE_SET = "drawing_", "the sample set of drawings"  # its files' names, what checkpoints call it
 MAX_PIXELS = 100_000_000  # pictures of more are refused before decoding: they would take over 300 MB each
 _GRAY_MODES = {"1", "L", "LA", "La", "I", "I;16", "I;16B", "I;16L", "I;16N"}
 _CHUNK = 256  # pictures decoded by one task
@@ -280,7 +280,7 @@ class FolderImages:
         channels = 1  # a gray set keeps one channel; the first picture in colour starts the work again with three
         while True:
             trailer = {"unreadable": {}, "digests": [], "crc": 0}
-            bar = tqdm(total=len(listed), desc=f"decoding {self.folder.name}", unit="img", leave=False, delay=1)
+            bar = tqdm(total=len(listed), desc=f"decoding {self.folder.name}", unit="img", leave=False, disable=None)
             with bar, ThreadPoolExecutor(os.cpu_count()) as pool:
                 for start, results in _map_chunks(pool, listed, self.spec, channels):
                     if any(result is None for result in results):
@@ -359,91 +359,3 @@ def _remove_stale(path: Path) -> None:
                 other.unlink()
             except OSError:  # Windows keeps a file that another process has mapped
                 continue
-
-
-# Splits and batches
-
-
-def split_train_val(labels: np.ndarray, digests: list[str], fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Positions (train, val), each sorted: a share of every class for validation, equal pictures on one side.
-
-    A class of a single picture (copies counted once) stays in train whole.
-    """
-    groups: dict[str, list[int]] = {}
-    for index, digest in enumerate(digests):
-        groups.setdefault(digest, []).append(index)
-    rng = np.random.default_rng(seed)
-    chosen = []
-    for label in np.unique(labels):
-        own = [groups[digest] for digest in sorted(groups) if labels[groups[digest][0]] == label]
-        if len(own) < 2:
-            continue
-        target, count = max(1, round(fraction * sum(map(len, own)))), 0
-        order = [own[position] for position in rng.permutation(len(own))]
-        for group in order[:-1]:  # one group at least stays in train
-            if count + len(group) <= target or count == 0:
-                chosen += group
-                count += len(group)
-    is_val = np.zeros(len(labels), bool)
-    is_val[chosen] = True
-    return np.flatnonzero(~is_val), np.flatnonzero(is_val)
-
-
-def hash_split(*parts: tuple[list[str], np.ndarray]) -> str:
-    """A hash over (digests, labels) of the parts of a split, to tell on resume that nothing has changed."""
-    return hashlib.sha256(json.dumps([[d, np.asarray(y).tolist()] for d, y in parts]).encode()).hexdigest()[:16]
-
-
-def batch_bounds(count: int, batch_size: int, least: int = 2) -> list[tuple[int, int]]:
-    """(start, stop) of the batches of `count` pictures; a last one of fewer than `least` joins the one before."""
-    starts = list(range(0, count, batch_size))
-    if len(starts) > 1 and count - starts[-1] < least:
-        starts.pop()
-    return list(zip(starts, [*starts[1:], count], strict=True))
-
-
-class Batches:
-    """Pictures `indices` of `data` as batches on `device`: `for images, labels in batches.iterate(64)`.
-
-    images uint8 (n, C, H, W), labels int64 (n,). On an accelerator the pictures are moved there once, where they
-    take under a quarter of its memory; else they are read from the memory map, batch by batch.
-    """
-
-    def __init__(self, data: FolderImages, indices: np.ndarray, device: torch.device):
-        self.device, self.labels = device, torch.from_numpy(data.labels[indices]).to(device)
-        self._images, self._rows, self._resident = np.asarray(data.images), np.asarray(indices), None
-        if device.type == "cuda":
-            size = len(indices) * self._images[:1].nbytes
-            if size < torch.cuda.get_device_properties(device).total_memory / 4:
-                self._resident = torch.from_numpy(self._images[self._rows]).to(device)
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def bounds(self, batch_size: int) -> list[tuple[int, int]]:
-        """(start, stop) of the batches of one epoch."""
-        return batch_bounds(len(self), batch_size)
-
-    def class_counts(self, num_classes: int) -> list[int]:
-        counts = Counter(self.labels.tolist())
-        return [counts[label] for label in range(num_classes)]
-
-    def iterate(self, batch_size: int, order: torch.Tensor | None = None):
-        """Yields batches in the order given (int64, positions in this object), or one after the other."""
-        order = torch.arange(len(self)) if order is None else order
-        rows, order = order.numpy(), order.to(self.device)
-        for start, stop in batch_bounds(len(order), batch_size):
-            if self._resident is None:
-                images = torch.from_numpy(self._images[self._rows[rows[start:stop]]]).to(self.device, non_blocking=True)
-            else:
-                images = self._resident[order[start:stop]]
-            yield images, self.labels[order[start:stop]]
-
-
-def draw_order(labels: torch.Tensor, *, balanced: bool, generator: torch.Generator) -> torch.Tensor:
-    """Positions for one epoch: a permutation, or with `balanced` draws that give every class the same chance."""
-    labels = labels.cpu()
-    if not balanced:
-        return torch.randperm(len(labels), generator=generator)
-    counts = torch.bincount(labels).float()
-    return torch.multinomial(1 / counts[labels], len(labels), replacement=True, generator=generator)

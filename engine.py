@@ -194,7 +194,7 @@ def train_one_epoch(
     """
     loss_sum, correct, count, shown = 0.0, 0, 0, 0.0
     start = time.perf_counter()
-    with tqdm(total=total, desc=title, unit="img", leave=False) as bar:
+    with tqdm(total=total, desc=title, unit="img", leave=False, disable=None) as bar:
         for number, (images, labels) in enumerate(batches):
             loss, right = step(images, labels)
             loss_sum, correct, count = loss_sum + loss, correct + right, count + len(labels)

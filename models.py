@@ -116,6 +116,14 @@ def get_arch(name: str) -> Arch:
     return ARCHS[name]
 
 
+def input_spec_for(arch: str, image_size: int | None = None) -> InputSpec:
+    """What `arch` eats, at its own size or at `image_size` pixels; InputError for a size too small."""
+    spec = get_arch(arch).input_spec
+    if image_size is not None and image_size < 32:
+        raise InputError(f"--image-size {image_size} is too small for {arch}: 32 is the least")
+    return spec if image_size is None else replace(spec, image_size=image_size)
+
+
 def create_model(
     arch: str,
     num_classes: int,
@@ -129,12 +137,9 @@ def create_model(
     `dropout` replaces every dropout probability of the classifier head. The network carries `arch`, `num_classes`
     and `input_spec`. Raises InputError for an unknown arch, a size too small, or weights that can't be had.
     """
-    entry = get_arch(arch)
+    entry, spec = get_arch(arch), input_spec_for(arch, image_size)
     if num_classes < 2:
         raise InputError(f"a network needs at least 2 classes, not {num_classes}")
-    spec = entry.input_spec if image_size is None else replace(entry.input_spec, image_size=image_size)
-    if spec.image_size < 32:
-        raise InputError(f"--image-size {spec.image_size} is too small for {arch}: 32 is the least")
     if dropout is not None and not 0 <= dropout < 1:
         raise InputError(f"--dropout must be at least 0 and below 1, not {dropout}")
     model = entry.build(num_classes=num_classes, image_size=spec.image_size, dropout=dropout)

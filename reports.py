@@ -1,5 +1,7 @@
 """Metrics from scikit-learn, plots from matplotlib; all of it from labels, log-probabilities and the history."""
 
+import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -44,11 +46,11 @@ def compute_metrics(labels: np.ndarray, log_probs: np.ndarray, class_names: list
 
 
 def one_class_warning(metrics: dict) -> str | None:
-    """A line where over 80% of the predictions are one class although under 60% of the pictures are."""
+    """A line where over 80% of the predictions are one class."""
     matrix = np.array(metrics["confusion_matrix"])
     predicted, actual = matrix.sum(0) / matrix.sum(), matrix.sum(1) / matrix.sum()
     top = int(predicted.argmax())
-    if predicted[top] <= 0.8 or actual[top] >= 0.6:
+    if predicted[top] <= 0.8:
         return None
     name = metrics["class_names"][top]
     return (
@@ -75,6 +77,20 @@ def format_report(metrics: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
+def result_files(metrics: dict) -> dict[str, Callable[[Path], object]]:
+    """The files that measuring makes: name to a function that writes it to a path."""
+    return {
+        "confusion_matrix.png": lambda path: plot_confusion_matrix(metrics, path),
+        "classification_report.txt": lambda path: path.write_text(format_report(metrics), encoding="utf-8"),
+        "metrics.json": lambda path: path.write_text(json.dumps(metrics, indent=1), encoding="utf-8"),
+    }
+
+
+def _plain(text: str) -> str:
+    """`text` for matplotlib, which takes what stands between two dollar signs for a formula."""
+    return text.replace("$", r"\$")
+
+
 def _figure(width: float, height: float):
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -89,7 +105,7 @@ def plot_history(history: list[dict], path: str | Path, *, title: str) -> None:
     figure = _figure(11, 4.4)
     epochs = [row["epoch"] for row in history]
     best = max(history, key=lambda row: (row["val_acc"], -row["val_loss"]))
-    figure.suptitle(title)
+    figure.suptitle(_plain(title))
     panels = zip(figure.subplots(1, 2), ("loss", "acc"), ("Loss", "Accuracy (%)"), (1, 100), strict=True)
     for axes, key, label, factor in panels:
         marker = "o" if len(epochs) < 4 else None  # a line through one point can't be seen
@@ -115,9 +131,10 @@ def plot_confusion_matrix(metrics: dict, path: str | Path) -> None:
         text = f"{100 * shares[row, column]:.0f}%\n{matrix[row, column]:,}"
         colour = "white" if shares[row, column] > 0.55 else "black"
         axes.text(column, row, text, ha="center", va="center", color=colour, fontsize=9)
+    names = [_plain(name) for name in names]
     axes.set_xticks(range(len(names)), names, rotation=45, ha="right")
     axes.set_yticks(range(len(names)), names)
-    title = f"{metrics['split']}: {100 * metrics['accuracy']:.1f}% of {metrics['count']:,} pictures"
+    title = f"{_plain(metrics['split'])}: {100 * metrics['accuracy']:.1f}% of {metrics['count']:,} pictures"
     axes.set(xlabel="Predicted", ylabel="True", title=title)
     figure.colorbar(image, label="% of the true class", shrink=0.8)
     figure.savefig(path, format="png")
@@ -128,14 +145,14 @@ def plot_samples(samples: list[tuple[np.ndarray, str, str, float]], path: str | 
     columns = min(5, len(samples))
     rows = -(-len(samples) // columns)
     figure = _figure(2.1 * columns, 2.45 * rows + 0.5)
-    figure.suptitle(title)
+    figure.suptitle(_plain(title))
     for axes, (picture, true, predicted, confidence) in zip(
         figure.subplots(rows, columns, squeeze=False).flat, samples, strict=False
     ):
         axes.imshow(picture, cmap="gray", vmin=0, vmax=255)
         colour = "black" if not true else "tab:green" if true == predicted else "tab:red"
         text = f"{predicted} {confidence:.0f}%" + (f"\ntrue: {true}" if true else "")
-        axes.set_title(text, color=colour, fontsize=9)
+        axes.set_title(_plain(text), color=colour, fontsize=9)
     for axes in figure.axes:
         axes.axis("off")
     figure.savefig(path, format="png")

@@ -1,0 +1,93 @@
+"""Measures a checkpoint on a folder of pictures sorted by emotion.
+
+    python evaluate_emotion.py                                                    # best_emotion_model.pth on test/
+    python evaluate_emotion.py --checkpoint best_emotion_model.pth --data-dir DIR --split val --tta
+
+Prints the report; writes classification_report.txt, metrics.json and confusion_matrix.png only with --output-dir.
+Classes are matched by name. A DIR that itself holds class folders is used as it is.
+"""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+
+import reports
+from checkpoints import read_checkpoint, replace_file
+from data import FolderImages, printable, to_input
+from engine import PRECISIONS, evaluate, pick_device, pick_precision
+from models import InputError
+from predict_emotion import find_checkpoint, make_output_dir, prepare_model, run_script
+from splits import Batches, split_train_val
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--checkpoint", metavar="PATH", help="(default: best_emotion_model.pth here, else the network "
+                        "that comes with the project)")  # fmt: skip
+    parser.add_argument("--data-dir", metavar="DIR", default=".", help="holds the split, or class folders (default: .)")
+    parser.add_argument("--split", choices=("test", "val", "train"), default="test", help="without val/, val is the "
+                        "share of train/ that the checkpoint was validated on (default: test)")  # fmt: skip
+    parser.add_argument("--tta", action="store_true", help="average over each picture and its mirror image")
+    parser.add_argument("--output-dir", metavar="DIR", help="write report, metrics and confusion matrix there")
+    parser.add_argument("--batch-size", type=int, default=256, help="(default: 256)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
+    parser.add_argument("--precision", choices=PRECISIONS, default="fp32", help="(default: fp32)")
+    parser.add_argument("--cache-dir", metavar="DIR", help="keeps decoded pictures (default: the user's cache folder)")
+    parser.add_argument("--strict", action="store_true", help="stop at a picture that can't be read")
+    return parser
+
+
+def load_split(args: argparse.Namespace, model, config: dict) -> tuple[FolderImages, np.ndarray, str]:
+    """The pictures, the rows of them that make up the split, and what the split is called."""
+    root = Path(args.data_dir)
+    options = {"class_names": model.class_names, "cache_dir": args.cache_dir, "strict": args.strict}
+    shares_train = args.split != "test" and (root / "train").is_dir() and not (root / "val").is_dir()
+    if shares_train:
+        data = FolderImages(root / "train", model.input_spec, **options)
+        train_rows, val_rows = split_train_val(data.labels, data.digests, config["val_fraction"], config["seed"])
+        return data, val_rows if args.split == "val" else train_rows, args.split
+    if (root / args.split).is_dir():
+        data, name = FolderImages(root / args.split, model.input_spec, **options), args.split
+    elif any((root / other).is_dir() for other in ("train", "val", "test")):
+        raise InputError(f"no folder {printable(root / args.split)}; choose another --split")
+    else:
+        data, name = FolderImages(root, model.input_spec, **options), printable(root.resolve().name)
+    return data, np.arange(len(data)), name
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = get_args_parser().parse_args(argv)
+    if args.batch_size < 1:
+        raise InputError(f"--batch-size must be at least 1, not {args.batch_size}")
+    device = pick_device(args.device)
+    precision = pick_precision(args.precision, device)
+    path = find_checkpoint(args.checkpoint)
+    checkpoint = read_checkpoint(path)
+    model, class_names = prepare_model(checkpoint, path, args.device)
+    data, rows, split = load_split(args, model, checkpoint["config"])
+    for note in data.notes:
+        print(note)
+    log_probs, labels = evaluate(
+        model,
+        Batches(data, rows, device).iterate(args.batch_size),
+        lambda images: to_input(images, model.input_spec),
+        temperature=model.temperature,
+        tta=args.tta,
+        precision=precision,
+    )
+    metrics = reports.compute_metrics(labels.numpy(), log_probs.numpy(), class_names, split=split)
+    metrics |= {"arch": model.arch, "epoch": checkpoint["epoch"], "tta": args.tta}
+    views = ", mirrored views averaged" if args.tta else ""
+    print(f"{model.arch}, trained on {printable(model.trained_on)}{views}\n{reports.format_report(metrics)}")
+    warning = reports.one_class_warning(metrics)
+    if warning:
+        print(warning)
+    if args.output_dir:
+        output_dir = make_output_dir(args.output_dir)
+        for name, write in reports.result_files(metrics).items():
+            replace_file(output_dir / name, write)
+
+
+if __name__ == "__main__":
+    run_script(main)

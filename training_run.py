@@ -1,0 +1,224 @@
+"""A training run: all that changes from epoch to epoch, and how it is saved to disk and taken up again."""
+
+import csv
+import math
+import shutil
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from augment import augment, parse_augment
+from checkpoints import BEST_NAME, FINAL_NAME, load_initial_weights, make_checkpoint, replace_file, save_checkpoint
+from data import to_input
+from engine import (
+    Ema,
+    TrainStep,
+    evaluate,
+    loss_and_accuracy,
+    make_optimizer,
+    make_scheduler,
+    memory_format,
+    pick_precision,
+    seed_epoch,
+    train_one_epoch,
+)
+from models import InputError, create_model, freeze, train_mode
+from splits import Batches, Splits, draw_order
+
+EVAL_BATCH = 256
+
+
+def make_class_weights(kind: str, counts: list[int]) -> list[float] | None:
+    """balanced: n / (classes * n_class), as S1 has it; sqrt: its square root, scaled to mean 1 over the pictures."""
+    if kind == "none":
+        return None
+    counts = np.array(counts, dtype=float)
+    if counts.min() == 0:
+        raise InputError("--class-weights needs a picture of every class to train on")
+    weights = counts.sum() / (len(counts) * counts)
+    if kind == "sqrt":
+        weights = np.sqrt(weights)
+        weights *= counts.sum() / (weights * counts).sum()
+    return weights.tolist()
+
+
+class Run:
+    """All that changes while training. `settings` are train_emotion_cnn.py's flags, `config` what is saved of them.
+
+    Making one builds the network, with its starting weights unless `is_resumed`; `notes` says what they were.
+    """
+
+    def __init__(self, settings: dict, config: dict, splits: Splits, device: torch.device, *, is_resumed: bool):
+        self.settings, self.config, self.splits, self.device, self.notes = settings, config, splits, device, []
+        self.output_dir = Path(settings["output_dir"])
+        self.model = self._make_model(is_resumed)
+        self.generator = torch.Generator(device)
+        self.step = self._make_step()
+        self.epoch, self.history, self.since_best = 0, [], 0
+        self.best = {"val_acc": -1.0, "val_loss": math.inf, "epoch": 0}
+
+    def _make_model(self, is_resumed: bool) -> nn.Module:
+        settings, spec = self.settings, self.splits.spec
+        torch.manual_seed(settings["seed"])
+        model = create_model(
+            settings["arch"],
+            len(self.splits.class_names),
+            image_size=spec.image_size,
+            dropout=settings["dropout"],
+            pretrained=settings["pretrained"] and not is_resumed,
+        )
+        model.input_spec = spec
+        if settings["weights"] and not is_resumed:
+            self.notes.append(load_initial_weights(model, settings["weights"]))
+        if settings["freeze"]:
+            freeze(model, settings["freeze"])
+        return model.to(self.device, memory_format=memory_format(self.device))
+
+    def _make_step(self) -> TrainStep:
+        settings, splits = self.settings, self.splits
+        optimizer = make_optimizer(
+            settings["optimizer"], self.model, lr=settings["lr"], weight_decay=settings["weight_decay"]
+        )
+        total_steps = settings["epochs"] * len(splits.train.bounds(settings["batch_size"]))
+        counts = splits.train.class_counts(len(splits.class_names))
+        self.class_weights = make_class_weights(settings["class_weights"], counts)
+        strengths = parse_augment(settings["augment"])
+        return TrainStep(
+            self.model,
+            optimizer,
+            lambda images: augment(images, splits.spec, strengths, self.generator),
+            precision=pick_precision(settings["precision"], self.device),
+            scheduler=make_scheduler(settings["schedule"], optimizer, total_steps=total_steps),
+            class_weights=self.class_weights and torch.tensor(self.class_weights, device=self.device),
+            label_smoothing=settings["label_smoothing"],
+            grad_accum=settings["grad_accum"],
+            clip_grad=settings["clip_grad"],
+            ema=Ema(self.model, settings["ema"]) if settings["ema"] else None,
+        )
+
+    @property
+    def validated_model(self) -> nn.Module:
+        """The network that is measured and deployed: the EMA's, where EMA is on."""
+        return self.step.ema.model if self.step.ema else self.model
+
+    @property
+    def is_finished(self) -> bool:
+        patience = self.settings["early_stopping"]
+        return self.epoch >= self.settings["epochs"] or bool(patience and self.since_best >= patience)
+
+    def train_epoch(self) -> dict:
+        """One epoch and its validation, saved to disk; returns its row of the history.
+
+        Raises InputError where the loss stops being a number or the checkpoints can't be written.
+        """
+        start, number = time.perf_counter(), self.epoch + 1
+        lr = self.step.optimizer.param_groups[0]["lr"]
+        try:
+            done = self._train(number)
+        except FloatingPointError as error:
+            raise InputError(
+                f"epoch {number}: {error}; try a lower --lr or --clip-grad 1 (checkpoints of earlier epochs stay)"
+            ) from None
+        val_loss, val_acc = loss_and_accuracy(*self.measure(self.validated_model, self.splits.val))
+        if self.settings["schedule"] == "plateau":
+            self.step.scheduler.step(val_loss)
+        row = {"epoch": number, "lr": lr, "train_loss": done["loss"], "train_acc": done["acc"]}
+        row |= {"val_loss": val_loss, "val_acc": val_acc}
+        row |= {"images_per_s": done["images_per_s"], "seconds": time.perf_counter() - start}
+        self.epoch = number
+        self.history.append(row)
+        is_best = (val_acc, -val_loss) > (self.best["val_acc"], -self.best["val_loss"])
+        self.since_best = 0 if is_best else self.since_best + 1
+        if is_best:
+            self.best = {"val_acc": val_acc, "val_loss": val_loss, "epoch": number}
+        self.save(is_best)
+        return row
+
+    def _train(self, number: int) -> dict:
+        settings, train = self.settings, self.splits.train
+        seed = seed_epoch(settings["seed"], number)
+        self.generator.manual_seed(seed)
+        order = draw_order(
+            train.labels, balanced=settings["sampler"] == "balanced", generator=torch.Generator().manual_seed(seed)
+        )
+        train_mode(self.model)
+        batches = train.iterate(settings["batch_size"], order)
+        return train_one_epoch(self.step, batches, total=len(order), title=f"epoch {number}/{settings['epochs']}")
+
+    def measure(self, model: nn.Module, batches: Batches) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log-probabilities (N, num_classes) and labels (N,), in float32 and without augmentation."""
+        return evaluate(model, batches.iterate(EVAL_BATCH), lambda images: to_input(images, self.splits.spec))
+
+    def save(self, is_best: bool) -> None:
+        """Writes the best checkpoint where this epoch is it, then the final one, then the history as CSV."""
+        metrics = {key: self.history[-1][key] for key in ("val_loss", "val_acc", "train_loss", "train_acc")}
+        checkpoint = make_checkpoint(
+            self.validated_model,
+            self.splits.class_names,
+            trained_on=self.splits.trained_on,
+            epoch=self.epoch,
+            metrics=metrics,
+            config=self.config,
+        )
+        if is_best:
+            if len(self.history) == 1:
+                self._keep_previous_best()
+            save_checkpoint(checkpoint, self.output_dir / BEST_NAME)
+        step = self.step
+        checkpoint |= {
+            "train_state_dict": self.model.state_dict(),
+            "optimizer": step.optimizer.state_dict(),
+            "scheduler": step.scheduler.state_dict() if step.scheduler else None,
+            "scaler": step.scaler.state_dict(),
+            "ema": step.ema.state_dict() if step.ema else None,
+            "rng": {"seed": self.settings["seed"], "next_epoch": self.epoch + 1},
+            "history": self.history,
+            "best_metric": self.best,
+            "early_stopping": {"since_best": self.since_best},
+            "class_weights": self.class_weights,
+            "split_hash": self.splits.split_hash,
+        }
+        save_checkpoint(checkpoint, self.output_dir / FINAL_NAME)
+        replace_file(self.output_dir / "training_history.csv", lambda path: write_history(self.history, path))
+
+    def _keep_previous_best(self) -> None:
+        best = self.output_dir / BEST_NAME
+        if best.exists():
+            copy_file(best, best.with_suffix(".previous.pth"))
+
+    def restore(self, checkpoint: dict, path: Path) -> None:
+        """Puts the state of the final checkpoint in `path` back, and the best one beside it into the output folder.
+
+        Raises InputError where the pictures have changed since, or the best checkpoint is gone.
+        """
+        if checkpoint["split_hash"] != self.splits.split_hash:
+            raise InputError(f"--resume: the pictures or their split have changed since {path} was written; train anew")
+        best = path.with_name(BEST_NAME)
+        if not best.exists():
+            raise InputError(f"--resume: {BEST_NAME} is missing beside {path}; put it back or train anew")
+        step = self.step
+        self.model.load_state_dict(checkpoint["train_state_dict"])
+        step.optimizer.load_state_dict(checkpoint["optimizer"])
+        step.scaler.load_state_dict(checkpoint["scaler"])
+        for part, name in ((step.scheduler, "scheduler"), (step.ema, "ema")):
+            if part:
+                part.load_state_dict(checkpoint[name])
+        self.epoch, self.history, self.best = checkpoint["epoch"], checkpoint["history"], checkpoint["best_metric"]
+        self.since_best = checkpoint["early_stopping"]["since_best"]
+        if best.parent.resolve() != self.output_dir.resolve():
+            self._keep_previous_best()
+            copy_file(best, self.output_dir / BEST_NAME)
+
+
+def copy_file(source: Path, target: Path) -> None:
+    replace_file(target, lambda temporary: shutil.copyfile(source, temporary))
+
+
+def write_history(history: list[dict], path: Path) -> None:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, fieldnames=list(history[0]))
+        writer.writeheader()
+        writer.writerows(history)
