@@ -118,13 +118,20 @@ def _is_hidden(name: str) -> bool:
     return name.startswith((".", "__"))
 
 
+def _is_folder(entry: os.DirEntry) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link that leads to itself
+        return False
+
+
 def find_classes(folder: str | Path) -> list[str]:
     """Sorted names of the class folders in `folder`; hidden ones are none. InputError where there is none."""
     folder = Path(folder)
     if not folder.is_dir():
         raise InputError(f"no folder {printable(folder)}; it should hold one folder of pictures for each class")
     try:
-        names = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not _is_hidden(entry.name))
+        names = sorted(entry.name for entry in os.scandir(folder) if _is_folder(entry) and not _is_hidden(entry.name))
     except OSError as error:
         raise InputError(f"can't read the folder {printable(folder)}: {error.strerror}") from None
     if not names:
@@ -148,7 +155,7 @@ def walk_pictures(folder: str | Path) -> list[os.DirEntry]:
         for entry in entries:
             if _is_hidden(entry.name):
                 continue
-            if entry.is_dir():
+            if _is_folder(entry):
                 folders.append(entry.path)
             elif os.path.splitext(entry.name)[1].lower() in EXTENSIONS:
                 found.append(entry)
@@ -168,15 +175,16 @@ def list_pictures(folder: str | Path, class_names: list[str]) -> list[Picture]:
         )
     pictures = []
     for name in found:
+        label = class_names.index(name)
         entries = walk_pictures(Path(folder) / name)
         if not entries:
             raise InputError(f"the class folder {printable(Path(folder) / name)} holds no pictures; fill or remove it")
         for entry in entries:
             try:
                 info = entry.stat()
-                pictures.append(Picture(entry.path, class_names.index(name), info.st_size, info.st_mtime_ns))
-            except OSError:  # a dangling link: listed, so that decoding names it
-                pictures.append(Picture(entry.path, class_names.index(name), 0, 0))
+                pictures.append(Picture(entry.path, label, info.st_size, info.st_mtime_ns))
+            except OSError:  # a dangling link is listed, so that decoding names it
+                pictures.append(Picture(entry.path, label, 0, 0))
     return pictures
 
 

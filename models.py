@@ -3,7 +3,9 @@
     model = create_model("cnn4_bn", num_classes=7)      # logits = model(images normalised by model.input_spec)
     list_archs()                                        # the names
 
-S0 to S4 in the docstrings are the five earlier systems whose networks are rebuilt here; every network returns logits.
+Every network returns logits. Five earlier systems are rebuilt here; the docstrings call them by these names:
+S0 "Emotion Recognition CNN Model" (four classes), S1 "Emotion Recognition with CNN from Scratch", S2 "Facial Emotion
+Recognition using CNN (PyTorch)", S3 "Emotion Recognition Model", S4 "Facial Expression Recognition".
 """
 
 import math
@@ -168,7 +170,10 @@ def _p(dropout: float | None, default: float) -> float:
 
 @register("cnn6_bn", Recipe(epochs=30, batch_size=64, schedule="plateau", augment="flip,rotation=10,translate=0.1"))
 def cnn6_bn(num_classes: int, image_size: int, dropout: float | None) -> nn.Module:
-    """S0's network: six convolutions with batch-norm in three blocks, three linear layers (6.0 M parameters)."""
+    """S0's network: six convolutions with batch-norm in three blocks, three linear layers.
+
+    6.0 M parameters, where S0's document says about 12.5 M.
+    """
     layers, in_channels = [], 1
     for out_channels in (64, 128, 256):
         layers += [*_conv(in_channels, out_channels), *_conv(out_channels, out_channels)]

@@ -168,14 +168,14 @@ def make_output_dir(path: str | Path) -> Path:
 
 def get_args_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("inputs", nargs="*", metavar="PICTURE", help="pictures, folders, patterns; none: a "
-                        "sample of test/ is drawn to prediction_samples.png")  # fmt: skip
+    parser.add_argument("inputs", nargs="*", metavar="PICTURE", help="pictures, folders or patterns; without"
+                        " any, a sample of test/ is drawn to prediction_samples.png")  # fmt: skip
     parser.add_argument("--checkpoint", metavar="PATH", help=f"(default: {BEST_NAME} here, else the network that "
                         "comes with the project)")  # fmt: skip
     parser.add_argument("--show-all", action="store_true", help="every probability, as a bar")
     parser.add_argument("--output", metavar="FILE", help="also write the predictions to FILE, .csv or .json")
     parser.add_argument("--info", action="store_true", help="print what the checkpoint is, and stop")
-    parser.add_argument("--data-dir", metavar="DIR", default=".", help="whose test/ is sampled where no picture is named "
+    parser.add_argument("--data-dir", metavar="DIR", default=".", help="its test/ is sampled where no picture is named "
                         "(default: .)")  # fmt: skip
     parser.add_argument("--output-dir", metavar="DIR", default=".", help="for prediction_samples.png (default: .)")
     parser.add_argument("--batch-size", type=int, default=64, help="(default: 64)")
@@ -227,7 +227,8 @@ def print_info(checkpoint: dict, model: nn.Module) -> None:
     print(f"arch: {model.arch}, {count_parameters(model):,} parameters")
     print(f"classes: {', '.join(map(printable, model.class_names))}")
     print(f"input: {spec.image_size} x {spec.image_size} {colour}, mean {spec.mean}, std {spec.std}")
-    print(f"trained on: {printable(model.trained_on)}, {checkpoint['epoch']} epochs, temperature {model.temperature:g}")
+    epochs = f"epoch {checkpoint['epoch']} of {config.get('epochs', '?')}"
+    print(f"trained on: {printable(model.trained_on)}, {epochs}, temperature {model.temperature:g}")
     print("metrics: " + ", ".join(f"{key} {value:.4f}" for key, value in metrics.items()))
     print("settings: " + ", ".join(f"{key} {printable(value)}" for key, value in config.items() if value is not None))
 

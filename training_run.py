@@ -28,8 +28,6 @@ from engine import (
 from models import InputError, create_model, freeze, train_mode
 from splits import Batches, Splits, draw_order
 
-EVAL_BATCH = 256
-
 
 def make_class_weights(kind: str, counts: list[int]) -> list[float] | None:
     """balanced: n / (classes * n_class), as S1 has it; sqrt: its square root, scaled to mean 1 over the pictures."""
@@ -150,7 +148,8 @@ class Run:
 
     def measure(self, model: nn.Module, batches: Batches) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probabilities (N, num_classes) and labels (N,), in float32 and without augmentation."""
-        return evaluate(model, batches.iterate(EVAL_BATCH), lambda images: to_input(images, self.splits.spec))
+        batches = batches.iterate(self.settings["batch_size"])
+        return evaluate(model, batches, lambda images: to_input(images, self.splits.spec))
 
     def save(self, is_best: bool) -> None:
         """Writes the best checkpoint where this epoch is it, then the final one, then the history as CSV."""
