@@ -25,7 +25,10 @@ _TYPES = {
 def make_checkpoint(
     model: nn.Module, class_names: list[str], *, trained_on: str, epoch: int, metrics: dict, config: dict
 ) -> dict:
-    """What a checkpoint of `model` (plain, not wrapped) holds; `metrics` and `config` must be plain values."""
+    """What a checkpoint of `model` (plain, not wrapped) holds; `metrics` and `config` must be plain values.
+
+    On the CPU the tensors are the network's own, not copies, so that a file which names them twice holds them once.
+    """
     return {
         "format_version": FORMAT_VERSION,
         "arch": model.arch,
@@ -34,7 +37,7 @@ def make_checkpoint(
         "input_spec": model.input_spec.to_dict(),
         "temperature": 1.0,
         "trained_on": trained_on,
-        "state_dict": {key: value.detach().cpu().clone() for key, value in model.state_dict().items()},
+        "state_dict": {key: value.detach().cpu() for key, value in model.state_dict().items()},
         "epoch": epoch,
         "metrics": metrics,
         "config": config,

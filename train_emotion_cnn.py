@@ -95,7 +95,8 @@ FLAGS = {  # group: (flag, default, argparse's options, help)
     ],
 }  # fmt: skip
 DEFAULTS = {flag[2:].replace("-", "_"): default for rows in FLAGS.values() for flag, default, _, _ in rows}
-FREE_ON_RESUME = {"output_dir", "device", "epochs", "resume", "cache_dir", "tensorboard", "strict"}
+# What may differ from the resumed run. data_dir is among them because the pictures themselves are compared.
+FREE_ON_RESUME = {"output_dir", "device", "epochs", "resume", "data_dir", "cache_dir", "tensorboard", "strict"}
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -149,7 +150,7 @@ def settle_resumed(given: dict, path: Path) -> tuple[dict, dict]:
     for name, value in given.items():
         if name in FREE_ON_RESUME:
             continue
-        value = os.path.abspath(value) if name in ("data_dir", "weights") else value
+        value = os.path.abspath(value) if name == "weights" else value
         if value != config[name]:
             flag = "--" + name.replace("_", "-")
             raise InputError(f"--resume: {flag} {value} contradicts the run in {path}, which has {config[name]}")
@@ -161,13 +162,13 @@ def settle_resumed(given: dict, path: Path) -> tuple[dict, dict]:
         )
     if epochs < checkpoint["epoch"]:
         raise InputError(f"--resume: --epochs {epochs} is less than the {checkpoint['epoch']} epochs that are done")
-    free = {name: given.get(name, DEFAULTS[name]) for name in FREE_ON_RESUME}
-    return {**config, **free, "epochs": epochs, "output_dir": given.get("output_dir", str(path.parent))}, checkpoint
+    free = {name: DEFAULTS[name] for name in FREE_ON_RESUME} | {"output_dir": str(path.parent)} | config
+    return {**free, **given}, checkpoint
 
 
 def to_config(settings: dict) -> dict:
     """What the checkpoint keeps of the settings: all that makes the result, as plain values."""
-    config = {name: value for name, value in settings.items() if name not in FREE_ON_RESUME - {"epochs"}}
+    config = {name: value for name, value in settings.items() if name not in FREE_ON_RESUME - {"epochs", "data_dir"}}
     for name in ("data_dir", "weights"):
         config[name] = config[name] and os.path.abspath(config[name])
     return config
