@@ -110,8 +110,7 @@ def to_input(images: torch.Tensor, spec: InputSpec) -> torch.Tensor:
 class Picture(NamedTuple):
     path: str
     label: int
-    size: int  # bytes
-    mtime_ns: int
+    stat: tuple[int, ...]  # size, time of change and mode; a picture whose permissions are mended is read anew
 
 
 def _is_hidden(name: str) -> bool:
@@ -182,9 +181,9 @@ def list_pictures(folder: str | Path, class_names: list[str]) -> list[Picture]:
         for entry in entries:
             try:
                 info = entry.stat()
-                pictures.append(Picture(entry.path, label, info.st_size, info.st_mtime_ns))
+                pictures.append(Picture(entry.path, label, (info.st_size, info.st_mtime_ns, info.st_mode)))
             except OSError:  # a dangling link is listed, so that decoding names it
-                pictures.append(Picture(entry.path, label, 0, 0))
+                pictures.append(Picture(entry.path, label, ()))
     return pictures
 
 
@@ -278,48 +277,52 @@ class FolderImages:
     def _cache_name(self, listed: list[Picture]) -> str:
         """FOLDER-SPEC-FILES.cache, so that stale ones of the same folder and spec can be told."""
         folder = os.path.realpath(self.folder)
-        files = [(os.path.relpath(p.path, self.folder), p.size, p.mtime_ns) for p in listed]
+        files = [(os.path.relpath(picture.path, self.folder), *picture.stat) for picture in listed]
         spec = (CACHE_VERSION, self.spec.image_size, self.spec.stored_channels)
         parts = [os.fsencode(folder), repr(spec).encode(), repr(files).encode("utf-8", "surrogateescape")]
         return "-".join(hashlib.sha256(part).hexdigest()[:16] for part in parts) + ".cache"
 
     def _decode_into(self, file, listed: list[Picture]) -> None:
         """Writes the cache: pixels, a JSON trailer, the trailer's length in eight bytes."""
-        channels = 1  # a gray set keeps one channel; the first picture in colour starts the work again with three
-        while True:
-            trailer = {"unreadable": {}, "digests": [], "crc": 0}
-            bar = tqdm(total=len(listed), desc=f"decoding {self.folder.name}", unit="img", leave=False, disable=None)
-            with bar, ThreadPoolExecutor(os.cpu_count()) as pool:
-                for start, results in _map_chunks(pool, listed, self.spec, channels):
-                    if any(result is None for result in results):
-                        break
-                    for row, result in enumerate(results, start):
-                        if isinstance(result, str):
-                            trailer["unreadable"][str(row)] = result
-                            continue
-                        trailer["digests"].append(hashlib.blake2b(result, digest_size=8).hexdigest())
-                        trailer["crc"] = zlib.crc32(result, trailer["crc"])
-                        file.write(result)
-                    bar.update(len(results))
-                else:
-                    break
-            channels = self.spec.stored_channels
-            file.seek(0)
-            file.truncate()
-        trailer["shape"] = [len(trailer["digests"]), channels, self.spec.image_size, self.spec.image_size]
+        trailer = self._decode(file, listed, channels=1)
+        if trailer is None:  # no gray set after all
+            trailer = self._decode(file, listed, channels=self.spec.stored_channels)
         encoded = json.dumps(trailer).encode()
         file.write(encoded + len(encoded).to_bytes(8, "little"))
 
+    def _decode(self, file, listed: list[Picture], channels: int) -> dict | None:
+        """Writes the pixels and returns the trailer; None at the first picture that needs more channels."""
+        trailer = {"unreadable": {}, "digests": [], "crc": 0}
+        file.seek(0)
+        file.truncate()
+        bar = tqdm(total=len(listed), desc=f"decoding {self.folder.name}", unit="img", leave=False, disable=None)
+        with bar:
+            for start, results in _decode_chunks(listed, self.spec, channels):
+                for row, result in enumerate(results, start):
+                    if result is None:
+                        return None
+                    if isinstance(result, str):
+                        trailer["unreadable"][str(row)] = result
+                        continue
+                    trailer["digests"].append(hashlib.blake2b(result, digest_size=8).hexdigest())
+                    trailer["crc"] = zlib.crc32(result, trailer["crc"])
+                    file.write(result)
+                bar.update(len(results))
+        trailer["shape"] = [len(trailer["digests"]), channels, self.spec.image_size, self.spec.image_size]
+        return trailer
 
-def _map_chunks(pool: ThreadPoolExecutor, listed: list[Picture], spec: InputSpec, channels: int):
+
+def _decode_chunks(listed: list[Picture], spec: InputSpec, channels: int):
     """Yields (first row, results) in order, with few chunks in flight, so that memory doesn't grow with the set."""
+    workers = os.cpu_count() or 1
     starts, running = deque(range(0, len(listed), _CHUNK)), deque()
-    while starts or running:
-        while starts and len(running) < 2 * pool._max_workers:
-            start = starts.popleft()
-            running.append((start, pool.submit(_decode_chunk, listed[start : start + _CHUNK], spec, channels)))
-        start, future = running.popleft()
-        yield start, future.result()
+    with ThreadPoolExecutor(workers) as pool:
+        while starts or running:
+            while starts and len(running) < 2 * workers:
+                start = starts.popleft()
+                running.append((start, pool.submit(_decode_chunk, listed[start : start + _CHUNK], spec, channels)))
+            start, future = running.popleft()
+            yield start, future.result()
 
 
 def _decode_chunk(pictures: list[Picture], spec: InputSpec, channels: int) -> list:

@@ -17,12 +17,12 @@ from checkpoints import read_checkpoint, replace_file
 from data import FolderImages, printable, to_input
 from engine import PRECISIONS, evaluate, pick_device, pick_precision
 from models import InputError
-from predict_emotion import find_checkpoint, make_output_dir, prepare_model, run_script
+from predict_emotion import ArgumentParser, find_checkpoint, make_output_dir, prepare_model, run_script
 from splits import Batches, split_train_val
 
 
-def get_args_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+def get_args_parser() -> ArgumentParser:
+    parser = ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--checkpoint", metavar="PATH", help="(default: best_emotion_model.pth here, else the network "
                         "that comes with the project)")  # fmt: skip
     parser.add_argument("--data-dir", metavar="DIR", default=".", help="holds the split, or class folders (default: .)")

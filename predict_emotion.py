@@ -155,6 +155,13 @@ def run_script(main: Callable[[], int | None]) -> None:
         sys.exit(1)
 
 
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse's, but a wrong flag gets one line instead of the whole usage."""
+
+    def error(self, message: str):
+        self.exit(2, f"error: {message}\n")
+
+
 def make_output_dir(path: str | Path) -> Path:
     """The folder that --output-dir names, made where it is missing; InputError where nothing can be written to it."""
     path = Path(path)
@@ -166,8 +173,8 @@ def make_output_dir(path: str | Path) -> Path:
         raise InputError(f"can't write to --output-dir {printable(path)}: {error.strerror}") from None
 
 
-def get_args_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+def get_args_parser() -> ArgumentParser:
+    parser = ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("inputs", nargs="*", metavar="PICTURE", help="pictures, folders or patterns; without"
                         " any, a sample of test/ is drawn to prediction_samples.png")  # fmt: skip
     parser.add_argument("--checkpoint", metavar="PATH", help=f"(default: {BEST_NAME} here, else the network that "

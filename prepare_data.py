@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 from data import EXTENSIONS, printable
 from models import InputError
-from predict_emotion import run_script
+from predict_emotion import ArgumentParser, run_script
 
 CSV_CLASSES = {"0": "angry", "1": "disgust", "2": "fear", "3": "happy", "4": "sad", "5": "surprise", "6": "neutral"}
 SPELLINGS = {name: name for name in CSV_CLASSES.values()} | {"anger": "angry", "disgusted": "disgust",
@@ -269,8 +269,8 @@ def draw_sample(output_dir: Path, seed: int) -> None:
         print(f"{printable(folder)}: {len(list(folder.glob('*/*')))} pictures, {len(list(folder.iterdir()))} classes")
 
 
-def get_args_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def get_args_parser() -> ArgumentParser:
+    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     sample = commands.add_parser("sample", help="draw train/ and test/")
     sample.add_argument("--output-dir", type=Path, default=".", help="folder for train/ and test/ (default: current)")

@@ -134,7 +134,7 @@ def plot_confusion_matrix(metrics: dict, path: str | Path) -> None:
     names = [_plain(name) for name in names]
     axes.set_xticks(range(len(names)), names, rotation=45, ha="right")
     axes.set_yticks(range(len(names)), names)
-    title = f"{_plain(metrics['split'])}: {100 * metrics['accuracy']:.1f}% of {metrics['count']:,} pictures"
+    title = f"{_plain(metrics['split'])}: accuracy {100 * metrics['accuracy']:.1f}% on {metrics['count']:,} pictures"
     axes.set(xlabel="Predicted", ylabel="True", title=title)
     figure.colorbar(image, label="% of the true class", shrink=0.8)
     figure.savefig(path, format="png")

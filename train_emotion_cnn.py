@@ -24,7 +24,7 @@ from checkpoints import BEST_NAME, FINAL_NAME, build_model, read_checkpoint, rep
 from data import printable
 from engine import OPTIMIZERS, PRECISIONS, SCHEDULES, memory_format, pick_device
 from models import InputError, count_parameters, get_arch, input_spec_for, list_archs
-from predict_emotion import make_output_dir, run_script
+from predict_emotion import ArgumentParser, make_output_dir, run_script
 from splits import load_splits
 from training_run import Run
 
@@ -99,9 +99,9 @@ DEFAULTS = {flag[2:].replace("-", "_"): default for rows in FLAGS.values() for f
 FREE_ON_RESUME = {"output_dir", "device", "epochs", "resume", "data_dir", "cache_dir", "tensorboard", "strict"}
 
 
-def get_args_parser() -> argparse.ArgumentParser:
+def get_args_parser() -> ArgumentParser:
     """Flags that are not given stay out of the result, so that a recipe or a resumed run can supply them."""
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         description=__doc__.partition("\n")[0],
         epilog=f"Where the default is {BY_ARCH!r}, it is the recipe of the network; the README has a table of them.",
         argument_default=argparse.SUPPRESS,
