@@ -4,6 +4,7 @@
     model = build_model(checkpoint)                             # the network, in evaluation mode
 """
 
+import contextlib
 import os
 import pickle
 import zipfile
@@ -12,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from models import InputError, InputSpec, create_model, get_arch, head_prefix, load_backbone
+from models import InputError, InputSpec, create_model, head_prefix, load_backbone
 
 FORMAT_VERSION = 1
 BEST_NAME, FINAL_NAME = "best_emotion_model.pth", "final_emotion_model.pth"
@@ -59,7 +60,8 @@ def replace_file(path: str | Path, write) -> None:
     except (OSError, RuntimeError) as error:  # torch reports a failed write as a RuntimeError
         raise InputError(f"can't write {path}: {' '.join(str(error).split())[:200]}") from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # gone already, or never made
+            temporary.unlink()
 
 
 def save_checkpoint(checkpoint: dict, path: str | Path) -> None:
@@ -69,12 +71,14 @@ def save_checkpoint(checkpoint: dict, path: str | Path) -> None:
 
 def _read(path: Path):
     """What torch.load makes of `path` without running code; InputError with one line where it refuses."""
-    if not path.exists():
-        raise InputError(f"no checkpoint at {path}")
-    if not path.is_file():
-        raise InputError(f"{path} is not a file")
     try:
+        if not path.exists():
+            raise InputError(f"no checkpoint at {path}")
+        if not path.is_file():
+            raise InputError(f"{path} is not a file")
         return torch.load(path, map_location="cpu", weights_only=True)
+    except InputError:
+        raise
     except PermissionError:
         raise InputError(f"no permission to read {path}") from None
     except Exception:  # what torch.load raises on foreign or damaged bytes is not documented, and varies
@@ -85,8 +89,11 @@ def _what_is_wrong(path: Path) -> str:
     if path.stat().st_size == 0:
         return "the file is empty"
     if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            names = {name.rpartition("/")[2] for name in archive.namelist()}
+        try:
+            with zipfile.ZipFile(path) as archive:
+                names = {name.rpartition("/")[2] for name in archive.namelist()}
+        except (zipfile.BadZipFile, OSError):
+            return "it is damaged"
         if "constants.pkl" in names:
             return "it is a TorchScript file"
         if "data.pkl" in names:
@@ -115,6 +122,8 @@ def read_checkpoint(path: str | Path) -> dict:
         if not isinstance(checkpoint.get(key), kind):
             raise InputError(f"{path} is damaged: its {key!r} is missing or no {kind.__name__}")
     names = checkpoint["class_names"]
+    if not all(isinstance(name, str) and name.isprintable() for name in names):
+        raise InputError(f"{path} is damaged: its class_names are not all printable text")
     if len(set(names)) != checkpoint["num_classes"] or len(names) != checkpoint["num_classes"]:
         raise InputError(f"{path} is damaged: {checkpoint['num_classes']} classes, but class_names are {names}")
     return checkpoint
@@ -125,9 +134,11 @@ def build_model(checkpoint: dict, path: str | Path = "the checkpoint") -> nn.Mod
 
     Raises InputError where arch, weights and shapes don't belong together; `path` is named in it.
     """
-    spec = InputSpec.from_dict(checkpoint["input_spec"])
     try:
+        spec = InputSpec.from_dict(checkpoint["input_spec"])
         model = create_model(checkpoint["arch"], checkpoint["num_classes"], image_size=spec.image_size)
+        if spec.channels != model.input_spec.channels:
+            raise InputError(f"its input_spec has {spec.channels} channels, not {model.input_spec.channels}")
         model.load_state_dict(checkpoint["state_dict"])
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
@@ -152,12 +163,17 @@ def load_initial_weights(model: nn.Module, path: str | Path) -> str:
         if checkpoint["arch"] != model.arch:
             raise InputError(f"--weights {path} is of arch {checkpoint['arch']}, but --arch is {model.arch}")
         return _load_matching(model, checkpoint["state_dict"], path)
-    if not isinstance(loaded, dict) or not all(isinstance(value, torch.Tensor) for value in loaded.values()):
+    if not isinstance(loaded, dict) or not all(
+        isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in loaded.items()
+    ):
         raise InputError(f"--weights {path} holds neither a checkpoint nor a state_dict")
     if head_prefix(model.arch):
         own_head = {key for key in model.state_dict() if key.startswith(head_prefix(model.arch))}
         if not own_head <= set(loaded):  # torchvision's file, whose head is of another make
-            load_backbone(model, loaded)
+            try:
+                load_backbone(model, loaded)
+            except InputError as error:
+                raise InputError(f"--weights {path}: {error}") from None
             return f"{path}: backbone loaded, the head starts anew"
     return _load_matching(model, loaded, path)
 
@@ -166,13 +182,13 @@ def _load_matching(model: nn.Module, state_dict: dict[str, torch.Tensor], path: 
     """Loads all of `state_dict`; the last layer is left as it is where its number of classes is another."""
     own = model.state_dict()
     last = list(own)[-1].rpartition(".")[0]  # the layer that makes logits stands last in every network here
-    replaced = [key for key in own if key.startswith(last + ".") and key in state_dict]
-    replaced = [key for key in replaced if own[key].shape != state_dict[key].shape]
+    replaced = {key: own[key] for key in own if key.startswith(last + ".")}
     try:
-        model.load_state_dict({**state_dict, **{key: own[key] for key in replaced}})
-    except RuntimeError as error:
+        replaced = {key: value for key, value in replaced.items() if value.shape != state_dict[key].shape}
+        model.load_state_dict({**state_dict, **replaced})
+    except (RuntimeError, KeyError, AttributeError) as error:
         reason = " ".join(str(error).split())[:300]
-        raise InputError(f"--weights {path} doesn't fit {get_arch(model.arch).name}: {reason}") from None
+        raise InputError(f"--weights {path} doesn't fit {model.arch}: {reason}") from None
     if replaced:
-        return f"{path}: loaded but for its last layer, which has {state_dict[replaced[0]].shape[0]} classes"
+        return f"{path}: all weights loaded but those of the last layer, which has another size here"
     return f"{path}: all weights loaded"

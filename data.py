@@ -9,6 +9,7 @@ import io
 import json
 import os
 import stat
+import struct
 import sys
 import time
 import zlib
@@ -22,19 +23,15 @@ import torch
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
-from models import InputError, InputSpec
+from models import InputError, InputSpec, printable
 
-CACHE_VERSION = 1  # raise it whenever decoding or the cache's layout changes
+CACHE_VERSION = 2  # raise it whenever decoding or the cache's layout changes
 EXTENSIONS = {".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm", ".pbm"}
 SAMPLE_PREFIX, SAMPLE_SET = "drawing_", "the sample set of drawings"  # its files' names, what checkpoints call it
 MAX_PIXELS = 100_000_000  # pictures of more are refused before decoding: they would take over 300 MB each
 _GRAY_MODES = {"1", "L", "LA", "La", "I", "I;16", "I;16B", "I;16L", "I;16N"}
 _CHUNK = 256  # pictures decoded by one task
-
-
-def printable(text) -> str:
-    """`text` with control characters and undecodable bytes escaped, safe to print whatever a file is called."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
+_FOOTER = struct.Struct("<QI")  # of a cache file: the trailer's length, the CRC-32 of all before the footer
 
 
 # Decoding
@@ -59,8 +56,12 @@ def read_image(source, spec: InputSpec) -> np.ndarray:
 
 def _open(source) -> Image.Image:
     if isinstance(source, Image.Image):
+        if 0 in source.size:
+            raise ValueError("it has no pixels")
         return source
     if isinstance(source, np.ndarray):
+        if source.size == 0:
+            raise ValueError("it has no pixels")
         if source.dtype != np.uint8 or not (source.ndim == 2 or (source.ndim == 3 and source.shape[2] == 3)):
             raise ValueError(f"an array must be uint8 (H, W, 3) or (H, W), not {source.dtype} {source.shape}")
         return Image.fromarray(source)
@@ -128,13 +129,16 @@ def find_classes(folder: str | Path) -> list[str]:
     """Sorted names of the class folders in `folder`; hidden ones are none. InputError where there is none."""
     folder = Path(folder)
     if not folder.is_dir():
-        raise InputError(f"no folder {printable(folder)}; it should hold one folder of pictures for each class")
+        raise InputError(f"no folder {folder}; it should hold one folder of pictures for each class")
     try:
         names = sorted(entry.name for entry in os.scandir(folder) if _is_folder(entry) and not _is_hidden(entry.name))
     except OSError as error:
-        raise InputError(f"can't read the folder {printable(folder)}: {error.strerror}") from None
+        raise InputError(f"can't read the folder {folder}: {error.strerror}") from None
+    for name in names:
+        if not name.isprintable():  # it would garble terminals, plots and CSV files
+            raise InputError(f"the class folder {folder / name} has an unprintable name; rename it")
     if not names:
-        raise InputError(f"{printable(folder)} holds no class folders; make one for each class, pictures inside")
+        raise InputError(f"{folder} holds no class folders; make one for each class, pictures inside")
     return names
 
 
@@ -150,7 +154,7 @@ def walk_pictures(folder: str | Path) -> list[os.DirEntry]:
         try:
             entries = list(os.scandir(current))
         except OSError as error:
-            raise InputError(f"can't read the folder {printable(current)}: {error.strerror}") from None
+            raise InputError(f"can't read the folder {current}: {error.strerror}") from None
         for entry in entries:
             if _is_hidden(entry.name):
                 continue
@@ -169,15 +173,15 @@ def list_pictures(folder: str | Path, class_names: list[str]) -> list[Picture]:
     found = find_classes(folder)
     if not set(found) <= set(class_names):
         raise InputError(
-            f"classes differ: {printable(folder)} has {printable(found)}, but the network knows "
-            f"{printable(class_names)}; rename or remove {printable(sorted(set(found) - set(class_names)))}"
+            f"classes differ: {folder} has {found}, but the network knows "
+            f"{class_names}; rename or remove {sorted(set(found) - set(class_names))}"
         )
     pictures = []
     for name in found:
         label = class_names.index(name)
         entries = walk_pictures(Path(folder) / name)
         if not entries:
-            raise InputError(f"the class folder {printable(Path(folder) / name)} holds no pictures; fill or remove it")
+            raise InputError(f"the class folder {Path(folder) / name} holds no pictures; fill or remove it")
         for entry in entries:
             try:
                 info = entry.stat()
@@ -283,16 +287,17 @@ class FolderImages:
         return "-".join(hashlib.sha256(part).hexdigest()[:16] for part in parts) + ".cache"
 
     def _decode_into(self, file, listed: list[Picture]) -> None:
-        """Writes the cache: pixels, a JSON trailer, the trailer's length in eight bytes."""
-        trailer = self._decode(file, listed, channels=1)
-        if trailer is None:  # no gray set after all
-            trailer = self._decode(file, listed, channels=self.spec.stored_channels)
+        """Writes the cache: pixels, a JSON trailer, then the trailer's length and the CRC-32 of all before it."""
+        result = self._decode(file, listed, channels=1)
+        if result is None:  # no gray set after all
+            result = self._decode(file, listed, channels=self.spec.stored_channels)
+        trailer, crc = result
         encoded = json.dumps(trailer).encode()
-        file.write(encoded + len(encoded).to_bytes(8, "little"))
+        file.write(encoded + _FOOTER.pack(len(encoded), zlib.crc32(encoded, crc)))
 
-    def _decode(self, file, listed: list[Picture], channels: int) -> dict | None:
-        """Writes the pixels and returns the trailer; None at the first picture that needs more channels."""
-        trailer = {"unreadable": {}, "digests": [], "crc": 0}
+    def _decode(self, file, listed: list[Picture], channels: int) -> tuple[dict, int] | None:
+        """Writes the pixels, returns the trailer and their CRC; None at the first picture that needs more channels."""
+        trailer, crc = {"unreadable": {}, "digests": []}, 0
         file.seek(0)
         file.truncate()
         bar = tqdm(total=len(listed), desc=f"decoding {self.folder.name}", unit="img", leave=False, disable=None)
@@ -305,11 +310,11 @@ class FolderImages:
                         trailer["unreadable"][str(row)] = result
                         continue
                     trailer["digests"].append(hashlib.blake2b(result, digest_size=8).hexdigest())
-                    trailer["crc"] = zlib.crc32(result, trailer["crc"])
+                    crc = zlib.crc32(result, crc)
                     file.write(result)
                 bar.update(len(results))
         trailer["shape"] = [len(trailer["digests"]), channels, self.spec.image_size, self.spec.image_size]
-        return trailer
+        return trailer, crc
 
 
 def _decode_chunks(listed: list[Picture], spec: InputSpec, channels: int):
@@ -341,23 +346,21 @@ def _decode_chunk(pictures: list[Picture], spec: InputSpec, channels: int) -> li
 
 def _read_cache(path: Path):
     """(images, digests, unreadable) of a cache file; OSError or ValueError where there is none or it is damaged."""
-    if path.stat().st_size < 8:
-        raise ValueError("cut short")
     return _parse_cache(np.memmap(path, np.uint8, mode="r"))
 
 
 def _parse_cache(raw: np.ndarray):
-    length = int.from_bytes(raw[-8:].tobytes(), "little")
-    if length > len(raw) - 8:
+    if len(raw) < _FOOTER.size:
         raise ValueError("cut short")
-    trailer = json.loads(raw[len(raw) - 8 - length : -8].tobytes())
-    pixels = raw[: len(raw) - 8 - length]
-    crc = 0
-    for start in range(0, len(pixels), 1 << 24):
-        crc = zlib.crc32(pixels[start : start + (1 << 24)], crc)
-    if crc != trailer["crc"] or len(trailer["digests"]) != trailer["shape"][0]:
+    body = raw[: -_FOOTER.size]
+    length, crc = _FOOTER.unpack(raw[-_FOOTER.size :].tobytes())
+    found = 0
+    for start in range(0, len(body), 1 << 24):
+        found = zlib.crc32(body[start : start + (1 << 24)], found)
+    if found != crc or length > len(body):
         raise ValueError("damaged")
-    return pixels.reshape(trailer["shape"]), trailer["digests"], trailer["unreadable"]
+    trailer = json.loads(body[len(body) - length :].tobytes())
+    return body[: len(body) - length].reshape(trailer["shape"]), trailer["digests"], trailer["unreadable"]
 
 
 def _remove_stale(path: Path) -> None:

@@ -27,8 +27,8 @@ def pick_device(name: str = "auto") -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError):
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError):
         raise InputError(f"--device {name}: this machine or this build of PyTorch has no such device") from None
     return device
 
@@ -84,8 +84,8 @@ def make_optimizer(name: str, model: nn.Module, *, lr: float, weight_decay: floa
 def make_scheduler(name: str, optimizer: torch.optim.Optimizer, *, total_steps: int):
     """torch's scheduler, or None. cosine and onecycle step after every batch, plateau after every epoch.
 
-    plateau halves the learning rate after three epochs without a lower validation loss. onecycle is Smith & Topin
-    2017, arXiv:1708.07120; its peak is the optimiser's lr.
+    plateau halves the learning rate at the fourth epoch in a row without a lower validation loss. onecycle is Smith
+    & Topin 2017, arXiv:1708.07120; its peak is the optimiser's lr.
     """
     schedulers = torch.optim.lr_scheduler
     if name == "plateau":

@@ -14,9 +14,9 @@ import numpy as np
 
 import reports
 from checkpoints import read_checkpoint, replace_file
-from data import FolderImages, printable, to_input
+from data import FolderImages, to_input
 from engine import PRECISIONS, evaluate, pick_device, pick_precision
-from models import InputError
+from models import InputError, printable
 from predict_emotion import ArgumentParser, find_checkpoint, make_output_dir, prepare_model, run_script
 from splits import Batches, split_train_val
 
@@ -50,7 +50,7 @@ def load_split(args: argparse.Namespace, model, config: dict) -> tuple[FolderIma
     if (root / args.split).is_dir():
         data, name = FolderImages(root / args.split, model.input_spec, **options), args.split
     elif any((root / other).is_dir() for other in ("train", "val", "test")):
-        raise InputError(f"no folder {printable(root / args.split)}; choose another --split")
+        raise InputError(f"no folder {root / args.split}; choose another --split")
     else:
         data, name = FolderImages(root, model.input_spec, **options), printable(root.resolve().name)
     return data, np.arange(len(data)), name

@@ -9,6 +9,7 @@ Recognition using CNN (PyTorch)", S3 "Emotion Recognition Model", S4 "Facial Exp
 """
 
 import math
+import pickle
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
 
@@ -18,8 +19,16 @@ from torch import nn
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
+def printable(text) -> str:
+    """`text` with control characters and undecodable bytes escaped, safe to print whatever a file is called."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
+
+
 class InputError(ValueError):
     """The user's input is at fault. The message is one line that names the file or flag and says what to do."""
+
+    def __init__(self, message: str):
+        super().__init__(printable(message))
 
 
 @dataclass(frozen=True)
@@ -43,7 +52,10 @@ class InputSpec:
         if self.channels not in (1, 3):
             raise InputError(f"channels must be 1 (gray) or 3 (RGB), not {self.channels!r}")
         for name in ("mean", "std"):
-            values = tuple(float(value) for value in getattr(self, name))
+            try:
+                values = tuple(float(value) for value in getattr(self, name))
+            except (TypeError, ValueError):
+                raise InputError(f"{name} must be a list of numbers, not {getattr(self, name)!r}") from None
             if len(values) != self.channels or not all(map(math.isfinite, values)):
                 raise InputError(f"{name} needs one finite number for each of {self.channels} channels, not {values}")
             object.__setattr__(self, name, values)
@@ -276,9 +288,10 @@ def load_imagenet_weights(model: nn.Module) -> None:
     weights = get_model_weights(model.arch).DEFAULT
     try:
         state_dict = weights.get_state_dict(progress=True, check_hash=True)
-    except (OSError, RuntimeError) as error:  # URLError is an OSError; a wrong hash is a RuntimeError
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:  # no network, or a damaged kept file
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise InputError(
-            f"the ImageNet weights of {model.arch} can't be had ({error}): download {weights.url} and pass the file "
+            f"the ImageNet weights of {model.arch} can't be had ({reason}): download {weights.url} and pass the file "
             "with --weights, or train from nothing with --no-pretrained"
         ) from None
     load_backbone(model, state_dict)

@@ -24,9 +24,9 @@ import torch
 from torch import nn
 
 from checkpoints import BEST_NAME, build_model, read_checkpoint, replace_file
-from data import SAMPLE_SET, find_classes, printable, read_image, to_input, walk_pictures
+from data import SAMPLE_SET, find_classes, read_image, to_input, walk_pictures
 from engine import memory_format, pick_device
-from models import InputError, InputSpec, count_parameters
+from models import InputError, InputSpec, count_parameters, printable
 
 BUNDLED = Path(__file__).resolve().parent / "weights" / "emotion_model.pth"
 COLUMNS = ["file", "time", "face", "left", "top", "width", "height", "score", "emotion", "confidence"]
@@ -162,15 +162,15 @@ class ArgumentParser(argparse.ArgumentParser):
         self.exit(2, f"error: {message}\n")
 
 
-def make_output_dir(path: str | Path) -> Path:
-    """The folder that --output-dir names, made where it is missing; InputError where nothing can be written to it."""
+def make_output_dir(path: str | Path, flag: str = "--output-dir") -> Path:
+    """The folder that `flag` names, made where it is missing; InputError where nothing can be written to it."""
     path = Path(path)
     try:
         path.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path):
             return path
     except OSError as error:
-        raise InputError(f"can't write to --output-dir {printable(path)}: {error.strerror}") from None
+        raise InputError(f"can't write to {flag} {path}: {error.strerror}") from None
 
 
 def get_args_parser() -> ArgumentParser:
@@ -202,15 +202,15 @@ def find_pictures(inputs: list[str]) -> list[str]:
             pictures = sorted(path for path in glob.glob(item, recursive=True) if not os.path.isdir(path))
         if not pictures:
             kind = "no pictures in the folder" if os.path.isdir(item) else "no file or pattern match"
-            raise InputError(f"{kind}: {printable(item)}")
+            raise InputError(f"{kind}: {item}")
         found += pictures
     return found
 
 
 def format_bars(all_probs: dict[str, float]) -> list[str]:
     """A line for each class: name, percent, a bar of one block for every two percent begun."""
-    width = max(10, *(len(printable(name)) + 1 for name in all_probs))
-    return [f"{printable(name):{width}}: {p:5.2f}% {'█' * int(np.ceil(p / 2))}" for name, p in all_probs.items()]
+    width = max(10, *(len(name) + 1 for name in all_probs))
+    return [f"{name:{width}}: {p:5.2f}% {'█' * int(np.ceil(p / 2))}" for name, p in all_probs.items()]
 
 
 def print_prediction(name: str | None, prediction: Prediction, show_all: bool) -> None:
@@ -218,11 +218,11 @@ def print_prediction(name: str | None, prediction: Prediction, show_all: bool) -
     emotion, confidence, all_probs = prediction
     if name is None:
         rule = "=" * 50
-        print(f"{rule}\nPredicted Emotion: {printable(emotion).upper()}\nConfidence: {confidence:.2f}%\n{rule}")
+        print(f"{rule}\nPredicted Emotion: {emotion.upper()}\nConfidence: {confidence:.2f}%\n{rule}")
         if show_all:
             print("\nAll emotion probabilities:", *format_bars(all_probs), sep="\n")
         return
-    print(f"{printable(name)}: {printable(emotion)} {confidence:.2f}%")
+    print(f"{printable(name)}: {emotion} {confidence:.2f}%")
     if show_all:
         print(*("  " + line for line in format_bars(all_probs)), sep="\n")
 
@@ -232,7 +232,7 @@ def print_info(checkpoint: dict, model: nn.Module) -> None:
     spec, metrics, config = model.input_spec, checkpoint["metrics"], checkpoint["config"]
     colour = "gray" if spec.stored_channels == 1 else "RGB"
     print(f"arch: {model.arch}, {count_parameters(model):,} parameters")
-    print(f"classes: {', '.join(map(printable, model.class_names))}")
+    print(f"classes: {', '.join(model.class_names)}")
     print(f"input: {spec.image_size} x {spec.image_size} {colour}, mean {spec.mean}, std {spec.std}")
     epochs = f"epoch {checkpoint['epoch']} of {config.get('epochs', '?')}"
     print(f"trained on: {printable(model.trained_on)}, {epochs}, temperature {model.temperature:g}")
@@ -290,7 +290,7 @@ def draw_samples(model: nn.Module, class_names: list[str], args: argparse.Namesp
 
     folder = Path(args.data_dir) / "test"
     if not folder.is_dir():
-        raise InputError(f"no picture was named, and there is no {printable(folder)} to sample; name a picture")
+        raise InputError(f"no picture was named, and there is no {folder} to sample; name a picture")
     rng = np.random.default_rng(0)
     by_class = [[(entry.path, name) for entry in walk_pictures(folder / name)] for name in find_classes(folder)]
     shuffled = [[pictures[index] for index in rng.permutation(len(pictures))] for pictures in by_class]
@@ -303,7 +303,7 @@ def draw_samples(model: nn.Module, class_names: list[str], args: argparse.Namesp
             picture = image[0] if len(image) == 1 else image.transpose(1, 2, 0)
             samples.append((picture, names[path], emotion, confidence))
     if not samples:
-        raise InputError(f"no picture in {printable(folder)} can be read")
+        raise InputError(f"no picture in {folder} can be read")
     right = sum(true == emotion for _, true, emotion, _ in samples)
     title = f"{right} of {len(samples)} test pictures right ({model.arch})"
     target = make_output_dir(args.output_dir) / "prediction_samples.png"
@@ -316,7 +316,7 @@ def main(argv: list[str] | None = None) -> int | None:
     if args.batch_size < 1:
         raise InputError(f"--batch-size must be at least 1, not {args.batch_size}")
     if args.output and Path(args.output).suffix.lower() not in (".csv", ".json"):
-        raise InputError(f"--output {printable(args.output)}: the name must end in .csv or .json")
+        raise InputError(f"--output {args.output}: the name must end in .csv or .json")
     path = find_checkpoint(args.checkpoint)
     checkpoint = read_checkpoint(path)
     model, class_names = prepare_model(checkpoint, path, args.device)

@@ -131,7 +131,7 @@ def plot_confusion_matrix(metrics: dict, path: str | Path) -> None:
         text = f"{100 * shares[row, column]:.0f}%\n{matrix[row, column]:,}"
         colour = "white" if shares[row, column] > 0.55 else "black"
         axes.text(column, row, text, ha="center", va="center", color=colour, fontsize=9)
-    names = [_plain(name) for name in names]
+    names = [_plain(name if len(name) <= 24 else name[:23] + "…") for name in names]
     axes.set_xticks(range(len(names)), names, rotation=45, ha="right")
     axes.set_yticks(range(len(names)), names)
     title = f"{_plain(metrics['split'])}: accuracy {100 * metrics['accuracy']:.1f}% on {metrics['count']:,} pictures"

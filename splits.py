@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data import SAMPLE_SET, FolderImages, is_sample_set, printable
-from models import InputError, InputSpec
+from data import SAMPLE_SET, FolderImages, is_sample_set
+from models import InputError, InputSpec, printable
 
 
 def split_train_val(
@@ -132,11 +132,11 @@ def load_splits(
     """
     root = Path(data_dir)
     if not (root / "train").is_dir():
-        raise InputError(f"no folder {printable(root / 'train')}: --data-dir must hold train/ with a folder per class")
+        raise InputError(f"no folder {root / 'train'}: --data-dir must hold train/ with a folder per class")
     options = {"cache_dir": cache_dir, "strict": strict}
     train = FolderImages(root / "train", spec, **options)
     if len(train.class_names) < 2:
-        raise InputError(f"{printable(root / 'train')} holds only the class {train.class_names[0]}; two are the least")
+        raise InputError(f"{root / 'train'} holds only the class {train.class_names[0]}; two are the least")
     if spec.channels == 3 and train.images.shape[1] == 1:
         spec = replace(spec, gray=True)
     options["class_names"] = train.class_names
@@ -148,7 +148,7 @@ def load_splits(
     else:
         train_rows, val_rows = split_train_val(train.labels, train.digests, val_fraction, seed)
     if len(val_rows) == 0 or len(train_rows) < 2:
-        raise InputError(f"{len(train)} pictures in {printable(root / 'train')} are too few to train and validate on")
+        raise InputError(f"{len(train)} pictures in {root / 'train'} are too few to train and validate on")
     parts = ((train, train_rows), (val or train, val_rows))
     return Splits(
         train=Batches(train, train_rows, device),

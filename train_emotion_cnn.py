@@ -21,9 +21,8 @@ import torch
 import reports
 from augment import parse_augment
 from checkpoints import BEST_NAME, FINAL_NAME, build_model, read_checkpoint, replace_file
-from data import printable
 from engine import OPTIMIZERS, PRECISIONS, SCHEDULES, memory_format, pick_device
-from models import InputError, count_parameters, get_arch, input_spec_for, list_archs
+from models import InputError, count_parameters, get_arch, input_spec_for, list_archs, printable
 from predict_emotion import ArgumentParser, make_output_dir, run_script
 from splits import load_splits
 from training_run import Run
@@ -130,7 +129,8 @@ def settle(given: dict) -> tuple[dict, dict | None]:
     if "resume" in given:
         return settle_resumed(given, resume_path({**DEFAULTS, **given}))
     arch = get_arch(given.get("arch", DEFAULT_ARCH))
-    settings = {**DEFAULTS, "image_size": None, "dropout": None, **asdict(arch.recipe), **given}
+    by_arch = {**asdict(arch.recipe), "image_size": arch.input_spec.image_size, "dropout": None}
+    settings = {**DEFAULTS, **by_arch, **given}
     if settings["pretrained"] is None:
         settings["pretrained"] = arch.is_backbone and settings["weights"] is None
     if settings["pretrained"] and settings["weights"]:
@@ -210,7 +210,7 @@ def make_writer(folder: str | None):
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         raise InputError("--tensorboard needs a package that isn't there: pip install tensorboard") from None
-    return SummaryWriter(make_output_dir(folder))
+    return SummaryWriter(make_output_dir(folder, "--tensorboard"))
 
 
 def log_scalars(writer, row: dict) -> None:
@@ -240,7 +240,7 @@ def train(run: Run, writer) -> None:
                 log_scalars(writer, row)
     except KeyboardInterrupt:
         command = f'python train_emotion_cnn.py --resume "{printable(run.output_dir / FINAL_NAME)}"'
-        hint = f"go on with: {command}" if run.epoch else "no epoch had ended, so there is nothing to resume"
+        hint = f"go on with: {command}" if run.saved_epoch else "no epoch had ended, so there is nothing to resume"
         print(f"\nstopped; {hint}", file=sys.stderr)
         raise
     finally:
@@ -255,7 +255,7 @@ def describe(run: Run) -> str:
         *splits.notes,
         *run.notes,
         f"{len(splits.train):,} pictures to train, {len(splits.val):,} to validate ({splits.where_val}), {test}",
-        f"{len(splits.class_names)} classes: {', '.join(map(printable, splits.class_names))}",
+        f"{len(splits.class_names)} classes: {', '.join(splits.class_names)}",
         f"{run.model.arch}: {count_parameters(run.model):,} parameters, "
         f"{str(run.step.precision).removeprefix('torch.')} on {run.device}, {torch.get_num_threads()} CPU threads",
     ]

@@ -11,7 +11,15 @@ import torch
 from torch import nn
 
 from augment import augment, parse_augment
-from checkpoints import BEST_NAME, FINAL_NAME, load_initial_weights, make_checkpoint, replace_file, save_checkpoint
+from checkpoints import (
+    BEST_NAME,
+    FINAL_NAME,
+    load_initial_weights,
+    make_checkpoint,
+    read_checkpoint,
+    replace_file,
+    save_checkpoint,
+)
 from data import to_input
 from engine import (
     Ema,
@@ -55,7 +63,7 @@ class Run:
         self.model = self._make_model(is_resumed)
         self.generator = torch.Generator(device)
         self.step = self._make_step()
-        self.epoch, self.history, self.since_best = 0, [], 0
+        self.epoch, self.saved_epoch, self.history, self.since_best = 0, 0, [], 0
         self.best = {"val_acc": -1.0, "val_loss": math.inf, "epoch": 0}
 
     def _make_model(self, is_resumed: bool) -> nn.Module:
@@ -181,6 +189,7 @@ class Run:
             "split_hash": self.splits.split_hash,
         }
         save_checkpoint(checkpoint, self.output_dir / FINAL_NAME)
+        self.saved_epoch = self.epoch
         replace_file(self.output_dir / "training_history.csv", lambda path: write_history(self.history, path))
 
     def _keep_previous_best(self) -> None:
@@ -189,15 +198,18 @@ class Run:
             copy_file(best, best.with_suffix(".previous.pth"))
 
     def restore(self, checkpoint: dict, path: Path) -> None:
-        """Puts the state of the final checkpoint in `path` back, and the best one beside it into the output folder.
+        """Puts the state of the final checkpoint in `path` back; the output folder then holds all that a run writes.
 
-        Raises InputError where the pictures have changed since, or the best checkpoint is gone.
+        Raises InputError where the pictures have changed since, or the best checkpoint beside it is not of this run.
         """
-        if checkpoint["split_hash"] != self.splits.split_hash:
+        splits = self.splits
+        if (checkpoint["split_hash"], checkpoint["class_names"]) != (splits.split_hash, splits.class_names):
             raise InputError(f"--resume: the pictures or their split have changed since {path} was written; train anew")
         best = path.with_name(BEST_NAME)
         if not best.exists():
             raise InputError(f"--resume: {BEST_NAME} is missing beside {path}; put it back or train anew")
+        if not _is_same_run(read_checkpoint(best), checkpoint):
+            raise InputError(f"--resume: {best} is of another run than {path}; put the right one back or train anew")
         step = self.step
         self.model.load_state_dict(checkpoint["train_state_dict"])
         step.optimizer.load_state_dict(checkpoint["optimizer"])
@@ -206,10 +218,22 @@ class Run:
             if part:
                 part.load_state_dict(checkpoint[name])
         self.epoch, self.history, self.best = checkpoint["epoch"], checkpoint["history"], checkpoint["best_metric"]
-        self.since_best = checkpoint["early_stopping"]["since_best"]
+        self.saved_epoch, self.since_best = self.epoch, checkpoint["early_stopping"]["since_best"]
         if best.parent.resolve() != self.output_dir.resolve():
             self._keep_previous_best()
             copy_file(best, self.output_dir / BEST_NAME)
+        if path.resolve() != (self.output_dir / FINAL_NAME).resolve():
+            copy_file(path, self.output_dir / FINAL_NAME)
+        replace_file(self.output_dir / "training_history.csv", lambda target: write_history(self.history, target))
+
+
+def _is_same_run(one: dict, other: dict) -> bool:
+    """Whether two checkpoints are of one run. Not by epoch: a run killed while saving has a best ahead of its final."""
+    parts = []
+    for checkpoint in (one, other):
+        config = {key: value for key, value in checkpoint["config"].items() if key not in ("epochs", "data_dir")}
+        parts.append((checkpoint["arch"], checkpoint["class_names"], config))
+    return parts[0] == parts[1]
 
 
 def copy_file(source: Path, target: Path) -> None:

@@ -1,0 +1,64 @@
+"""What several test files share. Tests draw their own pictures, and none touches the user's cache."""
+
+import os
+import subprocess
+import sys
+import tempfile
+import textwrap
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory, monkeypatch):
+    """A cache folder of its own for every test and for the processes that it starts."""
+    folder = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
+    return folder / "emotion_cnn"
+
+
+def draw_picture(seed, size=48, mode="L"):
+    """A PIL picture of coarse noise, another for every seed; colour really differs by channel."""
+    rng, side = np.random.default_rng(seed), max(2, size // 4)
+    image = Image.fromarray(rng.integers(0, 256, (side, side, 3), dtype=np.uint8))
+    return image.convert(mode).resize((size, size), Image.Resampling.NEAREST)
+
+
+def draw_folder(root, counts, size=48, mode="L", ending=".png"):
+    """Draws {class name: count} distinct pictures into class folders under `root`; returns `root` as a Path."""
+    root = Path(root)
+    for class_name, count in counts.items():
+        (root / class_name).mkdir(parents=True, exist_ok=True)
+        for number in range(count):
+            seed = [zlib.crc32(f"{root.name}/{class_name}".encode()), number]  # train/ and test/ differ
+            draw_picture(seed, size, mode).save(root / class_name / f"{class_name}_{number:03}{ending}")
+    return root
+
+
+def run_as_user(code):
+    """Output of Python `code` in a folder of its own; after its become_user() permissions bind it, also as root.
+
+    It imports what it needs first, since the interpreter's own files may be out of an ordinary user's reach.
+    """
+    if os.name != "posix":
+        pytest.skip("needs POSIX permissions")
+    become_user = """
+        import os
+
+        def become_user():
+            if os.geteuid() == 0:
+                os.setgroups([])
+                os.setgid(65534)
+                os.setuid(65534)
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o777)
+        env = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parent.parent), "XDG_CACHE_HOME": folder}
+        command = [sys.executable, "-c", textwrap.dedent(become_user) + textwrap.dedent(code)]
+        done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stdout

@@ -1,0 +1,465 @@
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from data import to_input
+from engine import (
+    Ema,
+    TrainStep,
+    autocast,
+    evaluate,
+    loss_and_accuracy,
+    make_optimizer,
+    make_scheduler,
+    pick_device,
+    pick_precision,
+    seed_epoch,
+    steps_per_batch,
+    train_one_epoch,
+)
+from models import InputError, InputSpec, create_model, freeze, train_mode
+
+CPU = torch.device("cpu")
+SPEC = InputSpec(image_size=8)
+CLASSES = 3
+
+
+def prepare(images):
+    return to_input(images, SPEC)
+
+
+def plain_network(seed=0):
+    """Without batch-norm and dropout, so that a step does not depend on how a batch is split."""
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(256, CLASSES))
+
+
+def norm_network(seed=0):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, CLASSES))
+
+
+def pictures(count, seed=0, size=8, channels=1, classes=CLASSES):
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randint(0, 256, (count, channels, size, size), dtype=torch.uint8, generator=generator)
+    return images, torch.arange(count) % classes
+
+
+def split(images, labels, size):
+    return list(zip(images.split(size), labels.split(size), strict=True))
+
+
+def sgd(model, lr=0.1):
+    return torch.optim.SGD(model.parameters(), lr=lr)
+
+
+def state_of(model):
+    return {key: value.clone() for key, value in model.state_dict().items()}
+
+
+# Steps and epochs
+
+
+@pytest.mark.parametrize("grad_accum", [1, 3])
+def test_one_optimiser_step_for_every_batch(grad_accum):
+    model = plain_network()
+    optimizer = torch.optim.Adam(model.parameters())
+    step = TrainStep(model, optimizer, prepare, grad_accum=grad_accum)
+    seen = []
+    images, labels = pictures(20)
+    for batch in split(images, labels, 6):
+        before = state_of(model)
+        step(*batch)
+        seen.append(any(not torch.equal(before[key], value) for key, value in model.state_dict().items()))
+    assert seen == [True] * 4 and all(int(state["step"]) == 4 for state in optimizer.state.values())
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_step_returns_the_sum_of_losses_and_the_right_ones():
+    model, (images, labels) = plain_network(), pictures(7)
+    logits = model(prepare(images))
+    loss, right = TrainStep(model, sgd(model), prepare)(images, labels)
+    assert loss.item() == pytest.approx(F.cross_entropy(logits, labels, reduction="sum").item(), rel=1e-5)
+    assert right.item() == (logits.argmax(1) == labels).sum().item()
+    assert not loss.requires_grad
+
+
+def test_step_is_that_of_plain_pytorch():
+    images, labels = pictures(6)
+    ours, theirs = plain_network(), plain_network()
+    optimizer = sgd(theirs)
+    step = TrainStep(ours, sgd(ours), prepare)
+    for _ in range(3):
+        step(images, labels)
+        optimizer.zero_grad()
+        F.cross_entropy(theirs(prepare(images)), labels).backward()
+        optimizer.step()
+    for key, value in ours.state_dict().items():
+        torch.testing.assert_close(value, theirs.state_dict()[key], msg=key)
+
+
+def test_epoch_weighs_every_picture_alike():
+    model, (images, labels) = plain_network(), pictures(10)
+    logits = model(prepare(images)).detach()
+    images_of_last = F.cross_entropy(logits[8:], labels[8:]).item()
+    done = train_one_epoch(TrainStep(model, sgd(model, lr=0.0), prepare), split(images, labels, 4), total=10)
+    by_picture = F.cross_entropy(logits, labels).item()
+    by_batch = (F.cross_entropy(logits[:4], labels[:4]) + F.cross_entropy(logits[4:8], labels[4:8])).item()
+    by_batch = (by_batch + images_of_last) / 3
+    assert abs(by_picture - by_batch) > 1e-3  # the two can be told apart
+    assert done["loss"] == pytest.approx(by_picture, rel=1e-5)
+    assert done["acc"] == (logits.argmax(1) == labels).sum().item() / 10
+    assert done["images_per_s"] > 0 and all(type(value) is float for value in done.values())
+
+
+@pytest.mark.parametrize("grad_accum", [2, 3, 4, 100])
+@pytest.mark.parametrize("count", [12, 7])
+def test_accumulated_gradients_are_the_same_step(grad_accum, count):
+    images, labels = pictures(count)
+    weights = torch.tensor([0.5, 1.0, 2.0])
+    models = []
+    for passes in (1, grad_accum):
+        model = plain_network()
+        step = TrainStep(
+            model, sgd(model), prepare, grad_accum=passes, class_weights=weights, label_smoothing=0.1, clip_grad=0.5
+        )
+        results = [step(images, labels) for _ in range(3)]
+        models.append((model.state_dict(), results[-1]))
+    for key, value in models[0][0].items():
+        torch.testing.assert_close(value, models[1][0][key], rtol=0, atol=1e-5, msg=key)
+    torch.testing.assert_close(models[0][1][0], models[1][1][0])
+    assert models[0][1][1] == models[1][1][1]
+
+
+def test_accumulation_never_gives_batch_norm_one_picture():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 4), nn.BatchNorm1d(4), nn.Linear(4, CLASSES))
+    step = TrainStep(model, sgd(model), prepare, grad_accum=8)
+    for count in (2, 3, 5, 8, 9):
+        step(*pictures(count))  # batch-norm raises for a single one
+
+
+@pytest.mark.parametrize("most", [0.01, 0.1, 1e6])
+def test_clipping_limits_the_norm_of_the_update(most):
+    images, labels = pictures(6)
+    free, clipped = plain_network(), plain_network()
+    before = state_of(free)
+    TrainStep(free, sgd(free, lr=1.0), prepare)(images, labels)
+    TrainStep(clipped, sgd(clipped, lr=1.0), prepare, clip_grad=most)(images, labels)
+
+    def update(model):
+        return torch.cat([(value - before[key]).flatten() for key, value in model.state_dict().items()])
+
+    norm = update(free).norm().item()
+    assert norm > 0.2  # above both of the small limits
+    assert update(clipped).norm().item() == pytest.approx(min(norm, most), rel=1e-3)
+    torch.testing.assert_close(update(clipped) / min(norm, most), update(free) / norm, rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+@pytest.mark.parametrize("weights", [None, [0.5, 1.0, 3.0]])
+def test_class_weights_and_smoothing_by_hand(weights, smoothing):
+    model, (images, labels) = plain_network(), pictures(8)
+    log_probs = F.log_softmax(model(prepare(images)), 1).detach()
+    weights = weights and torch.tensor(weights)
+    target = F.one_hot(labels, CLASSES) * (1 - smoothing) + smoothing / CLASSES
+    by_hand = -(target * log_probs * (1 if weights is None else weights)).sum()
+    step = TrainStep(model, sgd(model), prepare, class_weights=weights, label_smoothing=smoothing)
+    assert step(images, labels)[0].item() == pytest.approx(by_hand.item(), rel=1e-5)
+
+
+def test_class_weights_divide_by_the_number_of_pictures():
+    images, labels = pictures(6)
+    weights = torch.tensor([0.5, 1.0, 3.0])
+    ours, theirs = plain_network(), plain_network()
+    TrainStep(ours, sgd(ours), prepare, class_weights=weights)(images, labels)
+    (F.cross_entropy(theirs(prepare(images)), labels, weights, reduction="sum") / 6).backward()
+    sgd(theirs).step()
+    for key, value in ours.state_dict().items():
+        torch.testing.assert_close(value, theirs.state_dict()[key], msg=key)
+
+
+@pytest.mark.parametrize("bad", [0, 1, 2])
+def test_a_loss_that_is_no_number_stops_and_says_where(bad):
+    model = plain_network()
+    optimizer = sgd(model, lr=0.037)
+    batches = split(*pictures(12), 4)
+    step, steps = TrainStep(model, optimizer, prepare), []
+
+    def feed():
+        for number, batch in enumerate(batches):
+            if number == bad:
+                with torch.no_grad():
+                    model[-1].bias.fill_(float("nan"))
+            steps.append(number)
+            yield batch
+
+    with pytest.raises(FloatingPointError) as caught:
+        train_one_epoch(step, feed(), total=12)
+    message = str(caught.value)
+    assert f"step {len(steps)}" in message and "0.037" in message and "nan" in message and "\n" not in message
+
+
+def test_a_diverging_run_stops():
+    model = plain_network()
+    with pytest.raises(FloatingPointError):
+        train_one_epoch(TrainStep(model, sgd(model, lr=1e30), prepare), split(*pictures(30), 2), total=30)
+
+
+def test_frozen_stages_stay_as_they_are():
+    torch.manual_seed(0)
+    model = create_model("resnet18", CLASSES, image_size=32)
+    freeze(model, "layer3")
+    train_mode(model)
+    optimizer = make_optimizer("adamw", model, lr=0.01, weight_decay=0.1)
+    before = state_of(model)
+    images, labels = pictures(4, size=32, channels=3)
+    TrainStep(model, optimizer, lambda x: to_input(x, model.input_spec), ema=Ema(model, 0.9))(images, labels)
+    changed = {key for key, value in model.state_dict().items() if not torch.equal(before[key], value)}
+    assert changed and all(key.startswith(("layer4", "fc")) for key in changed)
+
+
+# EMA
+
+
+def test_ema_follows_its_formula_with_the_statistics():
+    model = norm_network().train()
+    ema = Ema(model, 0.9)
+    step = TrainStep(model, sgd(model), prepare, ema=ema)
+    expected = {key: value.double() for key, value in state_of(model).items()}
+    for number in range(120):
+        step(*pictures(4, seed=number))
+        decay = min(0.9, (1 + number) / (10 + number))
+        for key, value in model.state_dict().items():
+            expected[key] = value if key.endswith("tracked") else decay * expected[key] + (1 - decay) * value
+    averaged = ema.model.state_dict()
+    for key, value in expected.items():
+        torch.testing.assert_close(averaged[key].double(), value.double(), rtol=1e-4, atol=1e-5, msg=key)
+    assert averaged["1.num_batches_tracked"] == 120
+    assert not torch.allclose(averaged["1.running_mean"], model.state_dict()["1.running_mean"], atol=1e-5)
+    assert not ema.model.training and not any(p.requires_grad for p in ema.model.parameters())
+
+
+def test_ema_shares_no_memory_and_restores():
+    model = norm_network().train()
+    ema = Ema(model, 0.9)
+    before = state_of(ema.model)
+    with torch.no_grad():
+        model[0].weight.add_(1)
+    assert all(torch.equal(before[key], value) for key, value in ema.model.state_dict().items())
+    for _ in range(3):
+        ema.update(model)
+    other = Ema(norm_network(1), 0.9)
+    other.load_state_dict(ema.state_dict())
+    for _ in range(2):
+        ema.update(model), other.update(model)
+    assert other.updates == 5
+    assert all(torch.equal(value, other.model.state_dict()[key]) for key, value in ema.model.state_dict().items())
+
+
+# Schedules and optimisers
+
+
+def rates(name, steps, values=None):
+    model = plain_network()
+    optimizer = make_optimizer("sgd", model, lr=0.1, weight_decay=0.0)
+    scheduler = make_scheduler(name, optimizer, total_steps=steps)
+    lrs = []
+    for number in range(steps):
+        lrs.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step() if values is None else scheduler.step(values[number])
+    return [*lrs, optimizer.param_groups[0]["lr"]]
+
+
+def test_onecycle_peaks_at_the_learning_rate():
+    lrs = rates("onecycle", 40)
+    assert max(lrs) == pytest.approx(0.1, rel=1e-3)
+    assert lrs[0] < 0.01 and lrs[-1] < 0.001 and 5 < lrs.index(max(lrs)) < 20
+
+
+def test_cosine_falls_to_zero():
+    lrs = rates("cosine", 20)
+    assert lrs[0] == 0.1 and lrs[10] == pytest.approx(0.05) and lrs[-1] == pytest.approx(0, abs=1e-9)
+    assert all(a > b for a, b in zip(lrs, lrs[1:], strict=False))
+
+
+def test_plateau_halves_when_the_loss_stays():
+    assert rates("plateau", 4, [1.0, 0.9, 0.8, 0.7]) == [0.1] * 5
+    lrs = rates("plateau", 12, [1.0] * 12)
+    assert lrs[:4] == [0.1] * 4 and set(lrs) == {0.1, 0.05, 0.025}
+
+
+def test_steps_move_the_schedule_by_batch():
+    model = plain_network()
+    optimizer = sgd(model)
+    scheduler = make_scheduler("cosine", optimizer, total_steps=4)
+    step = TrainStep(model, optimizer, prepare, scheduler=scheduler, grad_accum=2)
+    for batch in split(*pictures(16), 4):
+        step(*batch)
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0, abs=1e-9)
+    plateau = make_scheduler("plateau", optimizer, total_steps=4)
+    TrainStep(model, optimizer, prepare, scheduler=plateau)(*pictures(4))
+    assert plateau.last_epoch == 0
+    assert make_scheduler("none", optimizer, total_steps=4) is None
+    assert [steps_per_batch(s) for s in (None, scheduler, plateau)] == [False, True, False]
+
+
+@pytest.mark.parametrize(
+    "name, kind", [("adam", torch.optim.Adam), ("adamw", torch.optim.AdamW), ("sgd", torch.optim.SGD)]
+)
+def test_optimisers_hold_what_learns(name, kind):
+    model = plain_network()
+    model[0].requires_grad_(False)
+    optimizer = make_optimizer(name, model, lr=0.02, weight_decay=0.3)
+    (group,) = optimizer.param_groups
+    assert type(optimizer) is kind and (group["lr"], group["weight_decay"]) == (0.02, 0.3)
+    assert [id(p) for p in group["params"]] == [id(p) for p in model[-1].parameters()]
+    assert name != "sgd" or (group["momentum"], group["nesterov"]) == (0.9, True)
+
+
+# Evaluation
+
+
+def test_evaluation_is_in_order_and_normalised():
+    model, (images, labels) = norm_network().train(), pictures(10)
+    log_probs, targets = evaluate(model, split(images, labels, 4), prepare)
+    assert not model.training
+    with torch.no_grad():
+        expected = F.log_softmax(model(prepare(images)), 1)
+    torch.testing.assert_close(log_probs, expected)
+    assert torch.equal(targets, labels) and log_probs.dtype == torch.float32 and log_probs.device == CPU
+    loss, acc = loss_and_accuracy(log_probs, targets)
+    assert loss == pytest.approx(F.cross_entropy(expected, labels).item(), rel=1e-5)
+    assert acc == pytest.approx((expected.argmax(1) == labels).float().mean().item())
+
+
+def test_evaluation_changes_no_weights_or_statistics():
+    model = norm_network().train()
+    before = state_of(model)
+    evaluate(model, split(*pictures(10), 4), prepare, tta=True)
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+def test_tta_is_the_mean_over_the_mirrored_picture(temperature):
+    model, (images, labels) = plain_network().eval(), pictures(6)
+    log_probs, _ = evaluate(model, split(images, labels, 4), prepare, tta=True, temperature=temperature)
+    with torch.no_grad():
+        plain, mirrored = (
+            F.softmax(model(prepare(view)) / temperature, 1) for view in (images, images.flip(-1))
+        )
+    assert (plain - mirrored).abs().max() > 0.01
+    torch.testing.assert_close(log_probs.exp(), (plain + mirrored) / 2)
+
+
+def test_temperature_divides_the_logits():
+    model, batches = plain_network(), split(*pictures(6), 4)
+    one, two = (evaluate(model, batches, prepare, temperature=t)[0] for t in (1.0, 2.0))
+    torch.testing.assert_close(two, F.log_softmax(one / 2, 1))
+    assert torch.equal(one.argmax(1), two.argmax(1))
+
+
+def test_loss_and_accuracy_by_hand():
+    log_probs = torch.log(torch.tensor([[0.5, 0.25, 0.25], [0.1, 0.8, 0.1]]))
+    loss, acc = loss_and_accuracy(log_probs, torch.tensor([0, 2]))
+    assert loss == pytest.approx(-(math.log(0.5) + math.log(0.1)) / 2) and acc == 0.5
+
+
+# Device, precision, seeds
+
+
+def test_devices():
+    assert pick_device("cpu") == CPU
+    expected = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    assert pick_device("auto").type == expected
+
+
+@pytest.mark.parametrize("name", ["banana", "", "cuda:99", "cpu:x", "xpu", "hpu", "mtia", "vulkan", "xla", "cuda:-1"])
+def test_devices_that_are_not_there(name):
+    with pytest.raises(InputError) as caught:
+        pick_device(name)
+    assert f"--device {name}" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_device_that_holds_no_numbers_is_refused():
+    with pytest.raises(InputError, match="--device meta"):
+        pick_device("meta")
+
+
+def test_precisions():
+    assert pick_precision("fp32", CPU) == torch.float32 and pick_precision("bf16", CPU) == torch.bfloat16
+    assert pick_precision("auto", CPU) in (torch.float32, torch.bfloat16)
+    assert pick_precision("auto", torch.device("mps")) == torch.float32
+    assert pick_precision("fp16", torch.device("cuda")) == torch.float16
+    for device in ("cpu", "mps"):
+        with pytest.raises(InputError) as caught:
+            pick_precision("fp16", torch.device(device))
+        assert "--precision fp16" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_autocast_is_off_in_float32():
+    a = torch.randn(4, 4)
+    with autocast(CPU, torch.float32):
+        assert (a @ a).dtype == torch.float32
+    with autocast(CPU, torch.bfloat16):
+        assert (a @ a).dtype == torch.bfloat16
+
+
+def test_bfloat16_trains_float32_weights():
+    model, (images, labels) = norm_network().train(), pictures(12)
+    seen = []
+    model[0].register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+    step = TrainStep(model, make_optimizer("adam", model, lr=0.01, weight_decay=0), prepare, precision=torch.bfloat16)
+    losses = [train_one_epoch(step, split(images, labels, 6), total=12)["loss"] for _ in range(15)]
+    assert set(seen) == {torch.bfloat16} and all(p.dtype == torch.float32 for p in model.parameters())
+    assert losses[-1] < losses[0] / 2
+    log_probs, _ = evaluate(model, split(images, labels, 6), prepare, precision=torch.bfloat16)
+    assert log_probs.dtype == torch.float32
+    torch.testing.assert_close(log_probs.exp().sum(1), torch.ones(12))
+
+
+def test_seeds_tell_epochs_and_ranks_apart():
+    drawn = {}
+    for seed in range(3):
+        for epoch in range(1, 5):
+            for rank in range(3):
+                value = seed_epoch(seed, epoch, rank)
+                drawn[value] = torch.rand(1).item()
+    assert len(drawn) == 36 and len(set(drawn.values())) == 36
+    assert seed_epoch(1, 2, 0) in drawn and torch.rand(1).item() == drawn[seed_epoch(1, 2, 0)]
+
+
+def test_the_largest_seed_works():
+    torch.Generator().manual_seed(seed_epoch(2**31 - 1, 10_000, 7))
+
+
+# Networks learn
+
+
+@pytest.mark.parametrize("arch", ["cnn6_bn", "cnn6_rgb", "cnn4_bn", "cnn4"])
+def test_sixteen_pictures_are_learnt_by_heart(arch):
+    torch.manual_seed(0)
+    model = create_model(arch, 4, image_size=32, dropout=0.0)
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0  # between convolutions the flag leaves it, and with it statistics shift (arXiv:1801.05134)
+    spec = model.input_spec
+    images, labels = pictures(16, size=32, channels=spec.channels, classes=4)
+    optimizer = make_optimizer("adam", model, lr=1e-3, weight_decay=0)
+    step = TrainStep(model, optimizer, lambda x: to_input(x, spec))
+    train_mode(model)
+    right = [0]
+    while right[-3:] != [16] * 3 and len(right) < 60:
+        right.append(step(images, labels)[1].item())
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d)]
+    for norm in norms:  # the running statistics lag behind so few steps
+        norm.reset_running_stats()
+        norm.momentum = None
+    with torch.no_grad():
+        for _ in range(8 if norms else 0):
+            model(to_input(images, spec))
+    acc = loss_and_accuracy(*evaluate(model, [(images, labels)], lambda x: to_input(x, spec)))[1]
+    assert right[-3:] == [16] * 3 and acc == 1.0
