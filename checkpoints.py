@@ -7,6 +7,7 @@
 import contextlib
 import os
 import pickle
+import warnings
 import zipfile
 from pathlib import Path
 
@@ -76,7 +77,9 @@ def _read(path: Path):
             raise InputError(f"no checkpoint at {path}")
         if not path.is_file():
             raise InputError(f"{path} is not a file")
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about files that are refused right after
+            return torch.load(path, map_location="cpu", weights_only=True)
     except InputError:
         raise
     except PermissionError:
@@ -190,5 +193,6 @@ def _load_matching(model: nn.Module, state_dict: dict[str, torch.Tensor], path: 
         reason = " ".join(str(error).split())[:300]
         raise InputError(f"--weights {path} doesn't fit {model.arch}: {reason}") from None
     if replaced:
-        return f"{path}: all weights loaded but those of the last layer, which has another size here"
+        there, here = (list(weights[last + ".weight"].shape) for weights in (state_dict, own))
+        return f"{path}: all weights loaded but the last layer's, which are {there} there and {here} here"
     return f"{path}: all weights loaded"

@@ -199,7 +199,7 @@ def report(run: Run) -> None:
         print(warning)
     written = ", ".join((BEST_NAME, FINAL_NAME, "training_history.csv", *files))
     print(f"In {printable(run.output_dir.resolve())}: {written}")
-    print(f"Next: python predict_emotion.py photo.jpg --checkpoint {printable(path)}")
+    print(f'Next: python predict_emotion.py photo.jpg --checkpoint "{printable(path)}"')
 
 
 def make_writer(folder: str | None):
