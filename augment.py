@@ -106,7 +106,8 @@ def affine_matrices(uniform: torch.Tensor, strengths: Strengths) -> torch.Tensor
     mirror = torch.where(uniform[2] < strengths.flip, -1.0, 1.0)
     area = strengths.crop + (1 - strengths.crop) * uniform[3]
     ratio = (4 / 3) ** (signed[4] * (strengths.crop < 1))
-    width, height = (area * ratio).sqrt().clamp(max=1), (area / ratio).sqrt().clamp(max=1)
+    ratio = torch.minimum(torch.maximum(ratio, area), 1 / area)  # so that neither side is longer than the picture's
+    width, height = (area * ratio).sqrt(), (area / ratio).sqrt()
     shift_x = signed[5] * (2 * strengths.translate + (1 - width))
     shift_y = signed[6] * (2 * strengths.translate + (1 - height))
     scale_x, scale_y = mirror * width / zoom, height / zoom

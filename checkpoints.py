@@ -7,6 +7,7 @@
 import contextlib
 import os
 import pickle
+import time
 import warnings
 import zipfile
 from pathlib import Path
@@ -57,12 +58,22 @@ def replace_file(path: str | Path, write) -> None:
         write(temporary)
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        _replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch reports a failed write as a RuntimeError
         raise InputError(f"can't write {path}: {' '.join(str(error).split())[:200]}") from None
     finally:
         with contextlib.suppress(OSError):  # gone already, or never made
             temporary.unlink()
+
+
+def _replace(source: Path, target: Path) -> None:
+    """os.replace, tried again where Windows refuses because a virus scanner or a reader has `target` open."""
+    for seconds in (0.1, 0.5, 2) if os.name == "nt" else ():
+        try:
+            return os.replace(source, target)
+        except PermissionError:
+            time.sleep(seconds)
+    return os.replace(source, target)
 
 
 def save_checkpoint(checkpoint: dict, path: str | Path) -> None:
@@ -154,10 +165,11 @@ def build_model(checkpoint: dict, path: str | Path = "the checkpoint") -> nn.Mod
     return model.eval()
 
 
-def load_initial_weights(model: nn.Module, path: str | Path) -> str:
+def load_initial_weights(model: nn.Module, path: str | Path, class_names: list[str] | None = None) -> str:
     """Starts `model` from one of our checkpoints of the same arch, or from a bare state_dict such as torchvision's.
 
-    A head of another size is left as it is. Returns one line that says what was loaded; raises InputError where
+    A last layer of another size, or made for other classes than `class_names`, is left as it is.
+    Returns one line that says what was loaded; raises InputError where
     the file is of another arch or does not fit.
     """
     loaded = _read(Path(path))
@@ -165,7 +177,8 @@ def load_initial_weights(model: nn.Module, path: str | Path) -> str:
         checkpoint = read_checkpoint(path)
         if checkpoint["arch"] != model.arch:
             raise InputError(f"--weights {path} is of arch {checkpoint['arch']}, but --arch is {model.arch}")
-        return _load_matching(model, checkpoint["state_dict"], path)
+        is_other = class_names is not None and checkpoint["class_names"] != class_names
+        return _load_matching(model, checkpoint["state_dict"], path, keep_last=not is_other)
     if not isinstance(loaded, dict) or not all(
         isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in loaded.items()
     ):
@@ -181,18 +194,21 @@ def load_initial_weights(model: nn.Module, path: str | Path) -> str:
     return _load_matching(model, loaded, path)
 
 
-def _load_matching(model: nn.Module, state_dict: dict[str, torch.Tensor], path: str | Path) -> str:
-    """Loads all of `state_dict`; the last layer is left as it is where its number of classes is another."""
+def _load_matching(
+    model: nn.Module, state_dict: dict[str, torch.Tensor], path: str | Path, *, keep_last: bool = True
+) -> str:
+    """Loads all of `state_dict`; the last layer is left as it is where the file's is another, by size or by meaning."""
     own = model.state_dict()
     last = list(own)[-1].rpartition(".")[0]  # the layer that makes logits stands last in every network here
     replaced = {key: own[key] for key in own if key.startswith(last + ".")}
     try:
-        replaced = {key: value for key, value in replaced.items() if value.shape != state_dict[key].shape}
+        if keep_last:
+            replaced = {key: value for key, value in replaced.items() if value.shape != state_dict[key].shape}
         model.load_state_dict({**state_dict, **replaced})
     except (RuntimeError, KeyError, AttributeError) as error:
         reason = " ".join(str(error).split())[:300]
         raise InputError(f"--weights {path} doesn't fit {model.arch}: {reason}") from None
     if replaced:
         there, here = (list(weights[last + ".weight"].shape) for weights in (state_dict, own))
-        return f"{path}: all weights loaded but the last layer's, which are {there} there and {here} here"
+        return f"{path}: all weights loaded but the last layer's: other classes or size, {there} there and {here} here"
     return f"{path}: all weights loaded"

@@ -4,6 +4,7 @@
     picture = read_image("photo.jpg", InputSpec())      # uint8 (C, H, W), the same decoding
 """
 
+import contextlib
 import hashlib
 import io
 import json
@@ -25,12 +26,12 @@ from tqdm import tqdm
 
 from models import InputError, InputSpec, printable
 
-CACHE_VERSION = 2  # raise it whenever decoding or the cache's layout changes
+CACHE_VERSION = 3  # raise it whenever decoding or the cache's layout changes
 EXTENSIONS = {".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm", ".pbm"}
 SAMPLE_PREFIX, SAMPLE_SET = "drawing_", "the sample set of drawings"  # its files' names, what checkpoints call it
 MAX_PIXELS = 100_000_000  # pictures of more are refused before decoding: they would take over 300 MB each
 _GRAY_MODES = {"1", "L", "LA", "La", "I", "I;16", "I;16B", "I;16L", "I;16N"}
-_CHUNK = 256  # pictures decoded by one task
+_CHUNK_BYTES = 2**22  # of pictures decoded by one task
 _FOOTER = struct.Struct("<QI")  # of a cache file: the trailer's length, the CRC-32 of all before the footer
 
 
@@ -111,7 +112,7 @@ def to_input(images: torch.Tensor, spec: InputSpec) -> torch.Tensor:
 class Picture(NamedTuple):
     path: str
     label: int
-    stat: tuple[int, ...]  # size, time of change and mode; a picture whose permissions are mended is read anew
+    stat: tuple[int, ...]  # size and time of change
 
 
 def _is_hidden(name: str) -> bool:
@@ -128,7 +129,7 @@ def _is_folder(entry: os.DirEntry) -> bool:
 def find_classes(folder: str | Path) -> list[str]:
     """Sorted names of the class folders in `folder`; hidden ones are none. InputError where there is none."""
     folder = Path(folder)
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise InputError(f"no folder {folder}; it should hold one folder of pictures for each class")
     try:
         names = sorted(entry.name for entry in os.scandir(folder) if _is_folder(entry) and not _is_hidden(entry.name))
@@ -185,7 +186,7 @@ def list_pictures(folder: str | Path, class_names: list[str]) -> list[Picture]:
         for entry in entries:
             try:
                 info = entry.stat()
-                pictures.append(Picture(entry.path, label, (info.st_size, info.st_mtime_ns, info.st_mode)))
+                pictures.append(Picture(entry.path, label, (info.st_size, info.st_mtime_ns)))
             except OSError:  # a dangling link is listed, so that decoding names it
                 pictures.append(Picture(entry.path, label, ()))
     return pictures
@@ -257,7 +258,11 @@ class FolderImages:
     def _load_or_build(self, listed: list[Picture], cache_dir: Path):
         path = cache_dir / self._cache_name(listed)
         try:
-            return _read_cache(path)
+            images, digests, unreadable = _read_cache(path)
+            again = _decode_chunk([listed[int(row)] for row in unreadable], self.spec, self.spec.stored_channels)
+            if all(isinstance(result, str) for result in again):  # else a disk or a permission was mended
+                return images, digests, unreadable
+            del images  # Windows can't replace a file that is mapped
         except (OSError, ValueError, KeyError, TypeError):
             pass  # none yet, or a damaged one, which is rebuilt
         try:
@@ -266,7 +271,8 @@ class FolderImages:
             try:
                 with temporary.open("wb") as file:
                     self._decode_into(file, listed)
-                os.replace(temporary, path)
+                with contextlib.suppress(PermissionError):  # Windows, where another run was first and has it open
+                    os.replace(temporary, path)
             finally:
                 temporary.unlink(missing_ok=True)
             _remove_stale(path)
@@ -281,8 +287,8 @@ class FolderImages:
     def _cache_name(self, listed: list[Picture]) -> str:
         """FOLDER-SPEC-FILES.cache, so that stale ones of the same folder and spec can be told."""
         folder = os.path.realpath(self.folder)
-        files = [(os.path.relpath(picture.path, self.folder), *picture.stat) for picture in listed]
-        spec = (CACHE_VERSION, self.spec.image_size, self.spec.stored_channels)
+        files = [CACHE_VERSION, *((os.path.relpath(picture.path, self.folder), *picture.stat) for picture in listed)]
+        spec = (self.spec.image_size, self.spec.stored_channels)
         parts = [os.fsencode(folder), repr(spec).encode(), repr(files).encode("utf-8", "surrogateescape")]
         return "-".join(hashlib.sha256(part).hexdigest()[:16] for part in parts) + ".cache"
 
@@ -320,14 +326,18 @@ class FolderImages:
 def _decode_chunks(listed: list[Picture], spec: InputSpec, channels: int):
     """Yields (first row, results) in order, with few chunks in flight, so that memory doesn't grow with the set."""
     workers = os.cpu_count() or 1
-    starts, running = deque(range(0, len(listed), _CHUNK)), deque()
-    with ThreadPoolExecutor(workers) as pool:
+    size = min(256, 1 + _CHUNK_BYTES // (channels * spec.image_size**2))
+    starts, running = deque(range(0, len(listed), size)), deque()
+    pool = ThreadPoolExecutor(workers)
+    try:
         while starts or running:
             while starts and len(running) < 2 * workers:
                 start = starts.popleft()
-                running.append((start, pool.submit(_decode_chunk, listed[start : start + _CHUNK], spec, channels)))
+                running.append((start, pool.submit(_decode_chunk, listed[start : start + size], spec, channels)))
             start, future = running.popleft()
             yield start, future.result()
+    finally:
+        pool.shutdown(cancel_futures=True)  # Ctrl-C should not wait for what is queued
 
 
 def _decode_chunk(pictures: list[Picture], spec: InputSpec, channels: int) -> list:
@@ -367,9 +377,7 @@ def _remove_stale(path: Path) -> None:
     """Removes caches of the same folder and spec with other files, and what killed runs left a day ago."""
     folder_and_spec = path.stem.rpartition("-")[0]
     for other in path.parent.glob(f"{folder_and_spec}-*"):
-        is_old_rest = other.suffix == ".tmp" and time.time() - other.stat().st_mtime > 86_400
-        if (other.suffix == ".cache" and other != path) or is_old_rest:
-            try:
+        with contextlib.suppress(OSError):  # gone meanwhile, or mapped by another process, which Windows keeps
+            is_old_rest = other.suffix == ".tmp" and time.time() - other.stat().st_mtime > 86_400
+            if (other.suffix == ".cache" and other != path) or is_old_rest:
                 other.unlink()
-            except OSError:  # Windows keeps a file that another process has mapped
-                continue

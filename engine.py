@@ -6,6 +6,7 @@ Nothing here knows about files or networks: pictures come as batches (uint8 imag
 
 import copy
 import math
+import random
 import time
 from collections.abc import Callable, Iterable
 
@@ -44,8 +45,9 @@ def pick_precision(name: str, device: torch.device) -> torch.dtype:
 
 def _has_bf16(device: torch.device) -> bool:
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    if device.type == "cpu":
+        with torch.cuda.device(device):
+            return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cpu" and torch.backends.mkldnn.is_available():  # what else there is, is slower than float32
         capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
         return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") or capabilities.get("bf16"))
     return False
@@ -60,20 +62,18 @@ def memory_format(device: torch.device) -> torch.memory_format:
     return torch.contiguous_format if device.type == "mps" else torch.channels_last
 
 
-def seed_epoch(seed: int, epoch: int, rank: int = 0) -> int:
-    """Seeds torch's own generators (dropout) for one epoch and returns the seed, for the generators of the data.
+def seed_for(purpose: str, seed: int, epoch: int, rank: int = 0) -> int:
+    """The seed of one generator for one epoch; other purposes ("order", "dropout", ...) get unrelated ones.
 
     Everything random in an epoch follows from (seed, epoch, rank), so a resumed run needs no generator's state.
     """
-    mixed = (seed * 1_000_003 + epoch) * 1_009 + rank
-    torch.manual_seed(mixed)
-    return mixed
+    return random.Random(f"{purpose} {seed} {epoch} {rank}").getrandbits(63)
 
 
 def make_optimizer(name: str, model: nn.Module, *, lr: float, weight_decay: float) -> torch.optim.Optimizer:
     """Adam, AdamW, or SGD with Nesterov momentum 0.9, over the parameters that learn."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    fused = parameters[0].device.type in ("cpu", "cuda")
+    fused = parameters[0].device.type in ("cpu", "cuda", "mps")
     if name == "sgd":
         options = {"momentum": 0.9, "nesterov": True, "fused": fused}
         return torch.optim.SGD(parameters, lr=lr, weight_decay=weight_decay, **options)

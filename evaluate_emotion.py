@@ -8,6 +8,7 @@ Classes are matched by name. A DIR that itself holds class folders is used as it
 """
 
 import argparse
+import os
 from pathlib import Path
 
 import numpy as np
@@ -23,8 +24,8 @@ from splits import Batches, split_train_val
 
 def get_args_parser() -> ArgumentParser:
     parser = ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--checkpoint", metavar="PATH", help="(default: best_emotion_model.pth here, else the network "
-                        "that comes with the project)")  # fmt: skip
+    parser.add_argument("--checkpoint", metavar="PATH", help="(default: best_emotion_model.pth here, else "
+                        "weights/emotion_model.pth)")  # fmt: skip
     parser.add_argument("--data-dir", metavar="DIR", default=".", help="holds the split, or class folders (default: .)")
     parser.add_argument("--split", choices=("test", "val", "train"), default="test", help="without val/, val is the "
                         "share of train/ that the checkpoint was validated on (default: test)")  # fmt: skip
@@ -42,14 +43,14 @@ def load_split(args: argparse.Namespace, model, config: dict) -> tuple[FolderIma
     """The pictures, the rows of them that make up the split, and what the split is called."""
     root = Path(args.data_dir)
     options = {"class_names": model.class_names, "cache_dir": args.cache_dir, "strict": args.strict}
-    shares_train = args.split != "test" and (root / "train").is_dir() and not (root / "val").is_dir()
+    shares_train = args.split != "test" and os.path.isdir(root / "train") and not os.path.isdir(root / "val")
     if shares_train:
         data = FolderImages(root / "train", model.input_spec, **options)
         train_rows, val_rows = split_train_val(data.labels, data.digests, config["val_fraction"], config["seed"])
         return data, val_rows if args.split == "val" else train_rows, args.split
-    if (root / args.split).is_dir():
+    if os.path.isdir(root / args.split):
         data, name = FolderImages(root / args.split, model.input_spec, **options), args.split
-    elif any((root / other).is_dir() for other in ("train", "val", "test")):
+    elif any(os.path.isdir(root / other) for other in ("train", "val", "test")):
         raise InputError(f"no folder {root / args.split}; choose another --split")
     else:
         data, name = FolderImages(root, model.input_spec, **options), printable(root.resolve().name)

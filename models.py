@@ -250,8 +250,12 @@ def _head(in_features: int, num_classes: int, dropout: float | None) -> nn.Seque
     )  # fmt: skip
 
 
-_HEADS = {"resnet18": ("fc", 512), "mobilenet_v2": ("classifier", 1280)}  # where the head stands, what it is fed
-_HEADS |= {"efficientnet_b0": ("classifier", 1280), "mobilenet_v3_large": ("classifier", 960)}
+_HEADS = {  # where the head stands in torchvision's network, and how many features it is fed
+    "mobilenet_v2": ("classifier", 1280),
+    "resnet18": ("fc", 512),
+    "efficientnet_b0": ("classifier", 1280),
+    "mobilenet_v3_large": ("classifier", 960),
+}
 
 
 def _register_backbone(name: str):
@@ -267,7 +271,7 @@ def _register_backbone(name: str):
     register(name, recipe, InputSpec(224, 3, IMAGENET_MEAN, IMAGENET_STD), is_backbone=True)(build)
 
 
-for _name in ("mobilenet_v2", "resnet18", "efficientnet_b0", "mobilenet_v3_large"):
+for _name in _HEADS:
     _register_backbone(_name)
 
 
@@ -300,8 +304,8 @@ def load_imagenet_weights(model: nn.Module) -> None:
 def load_backbone(model: nn.Module, state_dict: dict[str, torch.Tensor]) -> None:
     """Loads all but the head from torchvision's `state_dict`; raises InputError where the two don't fit."""
     prefix = head_prefix(model.arch)
-    own = {key: value for key, value in model.state_dict().items() if prefix and key.startswith(prefix)}
-    rest = {key: value for key, value in state_dict.items() if not (prefix and key.startswith(prefix))}
+    own = {key: value for key, value in model.state_dict().items() if key.startswith(prefix)}
+    rest = {key: value for key, value in state_dict.items() if not key.startswith(prefix)}
     try:
         model.load_state_dict({**rest, **own})
     except RuntimeError as error:

@@ -46,7 +46,7 @@ def find_checkpoint(path: str | Path | None = None) -> Path:
     if path is not None:
         return Path(path)
     for found in (Path(BEST_NAME), BUNDLED):
-        if found.is_file():
+        if os.path.isfile(found):
             print(f"using {printable(found)}", file=sys.stderr)
             return found
     raise InputError(f"no {BEST_NAME} here: train one with train_emotion_cnn.py, or name one with --checkpoint PATH")
@@ -142,7 +142,8 @@ def _decode_ahead(
 def run_script(main: Callable[[], int | None]) -> None:
     """Runs a script's `main`: exit code 2 and one line for the user's mistakes, 130 for Ctrl-C."""
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")  # a terminal that can't show a bar or a name still shows the rest
+        if hasattr(stream, "reconfigure"):  # notebooks have streams of their own
+            stream.reconfigure(errors="replace")  # a terminal that can't show a bar or a name still shows the rest
     try:
         sys.exit(main())
     except InputError as error:
@@ -177,8 +178,8 @@ def get_args_parser() -> ArgumentParser:
     parser = ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("inputs", nargs="*", metavar="PICTURE", help="pictures, folders or patterns; without"
                         " any, a sample of test/ is drawn to prediction_samples.png")  # fmt: skip
-    parser.add_argument("--checkpoint", metavar="PATH", help=f"(default: {BEST_NAME} here, else the network that "
-                        "comes with the project)")  # fmt: skip
+    parser.add_argument("--checkpoint", metavar="PATH", help=f"(default: {BEST_NAME} here, else "
+                        "weights/emotion_model.pth)")  # fmt: skip
     parser.add_argument("--show-all", action="store_true", help="every probability, as a bar")
     parser.add_argument("--output", metavar="FILE", help="also write the predictions to FILE, .csv or .json")
     parser.add_argument("--info", action="store_true", help="print what the checkpoint is, and stop")
@@ -263,6 +264,7 @@ def predict_files(model: nn.Module, class_names: list[str], args: argparse.Names
     """Predicts and prints `args.inputs`; returns the exit code, 2 where nothing could be read."""
     paths = find_pictures(args.inputs)
     is_single = len(paths) == 1 and not os.path.isdir(args.inputs[0])
+    class_columns = {name: f"{name} (class)" if name in COLUMNS else name for name in class_names}
     rows, unreadable = [], []
 
     def on_error(_, message: str) -> None:
@@ -275,9 +277,9 @@ def predict_files(model: nn.Module, class_names: list[str], args: argparse.Names
             print_prediction(None if is_single else path, prediction, args.show_all)
             emotion, confidence, all_probs = prediction
             rows.append({"file": path, "emotion": emotion, "confidence": round(confidence, 4)}
-                        | {name: round(value, 4) for name, value in all_probs.items()})  # fmt: skip
+                        | {class_columns[name]: round(value, 4) for name, value in all_probs.items()})  # fmt: skip
     if args.output and rows:
-        write_rows(rows, COLUMNS + class_names, Path(args.output))
+        write_rows(rows, [*COLUMNS, *class_columns.values()], Path(args.output))
     if not is_single:
         left_out = f", {len(unreadable):,} could not be read" if unreadable else ""
         print(f"{len(rows):,} pictures{left_out}", file=sys.stderr)
@@ -289,7 +291,7 @@ def draw_samples(model: nn.Module, class_names: list[str], args: argparse.Namesp
     import reports
 
     folder = Path(args.data_dir) / "test"
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise InputError(f"no picture was named, and there is no {folder} to sample; name a picture")
     rng = np.random.default_rng(0)
     by_class = [[(entry.path, name) for entry in walk_pictures(folder / name)] for name in find_classes(folder)]
@@ -317,6 +319,8 @@ def main(argv: list[str] | None = None) -> int | None:
         raise InputError(f"--batch-size must be at least 1, not {args.batch_size}")
     if args.output and Path(args.output).suffix.lower() not in (".csv", ".json"):
         raise InputError(f"--output {args.output}: the name must end in .csv or .json")
+    if args.output:
+        make_output_dir(Path(args.output).parent, "--output")
     path = find_checkpoint(args.checkpoint)
     checkpoint = read_checkpoint(path)
     model, class_names = prepare_model(checkpoint, path, args.device)

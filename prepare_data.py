@@ -55,7 +55,7 @@ BY_HAND = "download https://www.kaggle.com/datasets/msambare/fer2013 by hand and
 
 def _check_limit(count: int, limit: int, unit: str, name: str | Path) -> None:
     if count > limit:
-        raise InputError(f"{printable(name)} holds more than {limit:,} {unit}: this is not FER2013")
+        raise InputError(f"{name} holds more than {limit:,} {unit}: this is not FER2013")
 
 
 class _SmallReadsGzip(gzip.GzipFile):
@@ -65,7 +65,7 @@ class _SmallReadsGzip(gzip.GzipFile):
 
 def _check_member(source: Path, name: str, *, is_plain: bool) -> None:
     if not is_plain or re.search(r"^/|[\\\0]|(^|/)(\.\.(/|$)|.:)", name):  # absolute, backslash, NUL, .., drive letter
-        raise InputError(f"{printable(source)} is refused: its member '{printable(name)}' is a link or leads out of "
+        raise InputError(f"{source} is refused: its member '{name}' is a link or leads out of "
                          "the target folder; get the archive from a source you trust")
 
 
@@ -98,7 +98,7 @@ def list_members(source: Path) -> Iterator[tuple[str, Callable[[], BufferedIOBas
                 if is_file:
                     yield member.name, lambda member=member: archive.extractfile(member)
     else:
-        raise InputError(f"{printable(source)} is no folder, .csv, .zip, .tar or .tar.gz; {BY_HAND}")
+        raise InputError(f"{source} is no folder, .csv, .zip, .tar or .tar.gz; {BY_HAND}")
 
 
 def find_set(source: Path) -> tuple[Path, str | None, list[str]]:
@@ -126,7 +126,7 @@ def find_set(source: Path) -> tuple[Path, str | None, list[str]]:
         return source, None if pictures else table, pictures
     if len(archives) == 1:
         return find_set(source / archives[0])
-    raise InputError(f"{printable(source)} holds no train/<class>/*.jpg, neither {' nor '.join(TABLE_NAMES)}, and "
+    raise InputError(f"{source} holds no train/<class>/*.jpg, neither {' nor '.join(TABLE_NAMES)}, and "
                      f"{len(archives)} archives instead of one; pass the archive itself, or {BY_HAND}")
 
 
@@ -138,12 +138,12 @@ def place_pictures(source: Path, pictures: list[str]) -> tuple[dict[str, str], s
     """
     roots = sorted({printable("/".join(name.split("/")[:-3])) or "." for name in pictures})
     if len(roots) > 1:
-        raise InputError(f"{printable(source)} holds more than one set, in {' and '.join(roots[:2])}; pass one")
+        raise InputError(f"{source} holds more than one set, in {' and '.join(roots[:2])}; pass one")
     places = {}
     for name in pictures:
         split, class_name, file_name = name.split("/")[-3:]
         if class_name.lower() not in SPELLINGS:
-            raise InputError(f"{printable(source)} holds the unknown class '{printable(class_name)}'; rename or remove "
+            raise InputError(f"{source} holds the unknown class '{class_name}'; rename or remove "
                              f"it, the known ones are {', '.join(sorted(CSV_CLASSES.values()))}")
         places[name] = [SPLITS[split.lower()], SPELLINGS[class_name.lower()], file_name]
     undecided = None
@@ -164,7 +164,7 @@ def read_table(stream: BufferedIOBase, table: str) -> Iterator[tuple[str, bytes]
     rows = csv.reader(iter(lambda: text.readline(2**16), ""))  # an endless line comes in pieces: bad rows
     header = [name.strip().lower() for name in next(rows, [])]
     if not {"emotion", "usage", "pixels"} <= set(header):
-        raise InputError(f"{printable(table)} has no columns emotion, Usage, pixels; pass {' or '.join(TABLE_NAMES)}")
+        raise InputError(f"{table} has no columns emotion, Usage, pixels; pass {' or '.join(TABLE_NAMES)}")
     for number, row in enumerate(filter(None, rows), start=1):
         try:
             cells = dict(zip(header, map(str.strip, row), strict=True))
@@ -172,7 +172,7 @@ def read_table(stream: BufferedIOBase, table: str) -> Iterator[tuple[str, bytes]
             pixels = np.frombuffer(bytes(map(int, cells["pixels"].split())), np.uint8)
             image = Image.fromarray(np.reshape(pixels, (48, 48)))
         except (KeyError, ValueError):  # bytes() refuses what is outside of 0 to 255
-            raise InputError(f"{printable(table)}, row {number}: expected emotion 0 to 6, Usage {', '.join(USAGES)}, "
+            raise InputError(f"{table}, row {number}: expected emotion 0 to 6, Usage {', '.join(USAGES)}, "
                              "2304 pixels from 0 to 255; download it again") from None
         content = BytesIO()
         image.save(content, "png")
@@ -224,7 +224,7 @@ def import_fer2013(source: Path | None, target: Path) -> tuple[Counter, str | No
     try:
         is_there = target.is_dir()  # it may be a mount point or the current folder, so it is filled and not replaced
         if target.exists() and not (is_there and not any(target.iterdir())):
-            raise InputError(f"--output-dir {printable(target)} is there and not empty; choose a new folder")
+            raise InputError(f"--output-dir {target} is there and not empty; choose a new folder")
         source, table, pictures = find_set(source or download_fer2013())
         places, undecided = place_pictures(source, pictures)
         partial = Path(f"{target}{'/' if is_there else ''}.partial-{os.getpid()}")
@@ -232,14 +232,14 @@ def import_fer2013(source: Path | None, target: Path) -> tuple[Counter, str | No
         try:
             counts = write_set(source, table, places, partial)
             if "train" not in {split for split, _ in counts}:
-                raise InputError(f"{printable(source)} holds no training pictures; {BY_HAND}")
+                raise InputError(f"{source} holds no training pictures; {BY_HAND}")
             for folder in partial.iterdir() if is_there else [partial]:
                 folder.rename(target / folder.name if is_there else target)
             return counts, undecided
         finally:  # of an error or Ctrl-C; after success no picture is left in it
             shutil.rmtree(partial, ignore_errors=True)
     except FILE_ERRORS as error:
-        raise InputError(printable(f"can't import {source} into {target}: {error}")) from error
+        raise InputError(f"can't import {source} into {target}: {error}") from error
 
 
 def print_counts(counts: Counter, undecided: str | None) -> None:
@@ -264,7 +264,7 @@ def draw_sample(output_dir: Path, seed: int) -> None:
     try:
         drawing.draw_sample_set(output_dir, seed=seed)
     except (OSError, ValueError) as error:
-        raise InputError(printable(f"can't draw the sample set: {error}")) from error
+        raise InputError(f"can't draw the sample set: {error}") from error
     for folder in (output_dir / "train", output_dir / "test"):
         print(f"{printable(folder)}: {len(list(folder.glob('*/*')))} pictures, {len(list(folder.iterdir()))} classes")
 

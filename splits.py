@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import math
+import os
 from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -57,16 +59,18 @@ class Batches:
     """Pictures `indices` of `data` as batches on `device`: `for images, labels in batches.iterate(64)`.
 
     images uint8 (n, C, H, W), labels int64 (n,). On an accelerator the pictures are moved there once, where they
-    take under a quarter of its memory; else they are read from the memory map, batch by batch.
+    take under a quarter of the memory that is free there; else they are read from the memory map, batch by batch.
     """
 
     def __init__(self, data: FolderImages, indices: np.ndarray, device: torch.device):
         self.device, self.labels = device, torch.from_numpy(data.labels[indices]).to(device)
         self._images, self._rows, self._resident = np.asarray(data.images), np.asarray(indices), None
         if device.type == "cuda":
-            size = len(indices) * self._images[:1].nbytes
-            if size < torch.cuda.get_device_properties(device).total_memory / 4:
-                self._resident = torch.from_numpy(self._images[self._rows]).to(device)
+            shape = (len(indices), *self._images.shape[1:])
+            if math.prod(shape) < torch.cuda.mem_get_info(device)[0] / 4:
+                self._resident = torch.empty(shape, dtype=torch.uint8, device=device)
+                for start, stop in batch_bounds(len(indices), 4096):  # so that memory never holds the whole set
+                    self._resident[start:stop] = torch.from_numpy(self._images[self._rows[start:stop]])
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -85,7 +89,7 @@ class Batches:
         rows, order = order.numpy(), order.to(self.device)
         for start, stop in batch_bounds(len(order), batch_size):
             if self._resident is None:
-                images = torch.from_numpy(self._images[self._rows[rows[start:stop]]]).to(self.device, non_blocking=True)
+                images = torch.from_numpy(self._images[self._rows[rows[start:stop]]]).to(self.device)
             else:
                 images = self._resident[order[start:stop]]
             yield images, self.labels[order[start:stop]]
@@ -131,7 +135,7 @@ def load_splits(
     folders that are missing, empty or of other classes, and for too few pictures.
     """
     root = Path(data_dir)
-    if not (root / "train").is_dir():
+    if not os.path.isdir(root / "train"):
         raise InputError(f"no folder {root / 'train'}: --data-dir must hold train/ with a folder per class")
     options = {"cache_dir": cache_dir, "strict": strict}
     train = FolderImages(root / "train", spec, **options)
@@ -141,7 +145,7 @@ def load_splits(
         spec = replace(spec, gray=True)
     options["class_names"] = train.class_names
     val, test = (
-        FolderImages(root / name, spec, **options) if (root / name).is_dir() else None for name in ("val", "test")
+        FolderImages(root / name, spec, **options) if os.path.isdir(root / name) else None for name in ("val", "test")
     )
     if val:
         train_rows, val_rows = np.arange(len(train)), np.arange(len(val))
@@ -159,5 +163,16 @@ def load_splits(
         trained_on=SAMPLE_SET if is_sample_set(train.paths) else printable(root.resolve().name),
         split_hash=hash_split(*(([data.digests[row] for row in rows], data.labels[rows]) for data, rows in parts)),
         where_val="val/" if val else f"{100 * val_fraction:g}% of train/",
-        notes=[note for images in (train, val, test) if images for note in images.notes],
+        notes=[note for part in (train, val, test) if part for note in part.notes] + find_copies(train, val, test),
     )
+
+
+def find_copies(train: FolderImages, *others: FolderImages | None) -> list[str]:
+    """A line for each other part of which pictures stand in train too, pixel for pixel."""
+    known, lines = set(train.digests), []
+    for other in filter(None, others):
+        copies = sum(digest in known for digest in other.digests)
+        if copies:
+            where = printable(other.folder.name)
+            lines.append(f"warning: {copies:,} of {len(other):,} pictures in {where}/ stand in train/ too")
+    return lines

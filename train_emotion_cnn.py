@@ -25,7 +25,7 @@ from engine import OPTIMIZERS, PRECISIONS, SCHEDULES, memory_format, pick_device
 from models import InputError, count_parameters, get_arch, input_spec_for, list_archs, printable
 from predict_emotion import ArgumentParser, make_output_dir, run_script
 from splits import load_splits
-from training_run import Run
+from training_run import FREE_ON_RESUME, HISTORY_NAME, Run, write_history
 
 DEFAULT_ARCH = "cnn6_bn"
 
@@ -94,8 +94,6 @@ FLAGS = {  # group: (flag, default, argparse's options, help)
     ],
 }  # fmt: skip
 DEFAULTS = {flag[2:].replace("-", "_"): default for rows in FLAGS.values() for flag, default, _, _ in rows}
-# What may differ from the resumed run. data_dir is among them because the pictures themselves are compared.
-FREE_ON_RESUME = {"output_dir", "device", "epochs", "resume", "data_dir", "cache_dir", "tensorboard", "strict"}
 
 
 def get_args_parser() -> ArgumentParser:
@@ -135,18 +133,22 @@ def settle(given: dict) -> tuple[dict, dict | None]:
         settings["pretrained"] = arch.is_backbone and settings["weights"] is None
     if settings["pretrained"] and settings["weights"]:
         raise InputError("--pretrained and --weights both say where to start from; give one")
+    if settings["weights"] and not os.path.exists(settings["weights"]):
+        raise InputError(f"--weights: no file {settings['weights']}")
+    if arch.is_backbone and settings["freeze"] and not (settings["pretrained"] or settings["weights"]):
+        raise InputError("--freeze keeps what was learnt, and with --no-pretrained nothing was; leave one out")
     parse_augment(settings["augment"])  # a mistake in it should show before the pictures are read
     return settings, None
 
 
 def settle_resumed(given: dict, path: Path) -> tuple[dict, dict]:
     """The settings of the run in `path` with what may be changed, and its checkpoint."""
-    if not path.exists():
+    if not os.path.exists(path):
         raise InputError(f"--resume: no {path}; a run can be resumed once its first epoch has ended")
     checkpoint = read_checkpoint(path)
     if "optimizer" not in checkpoint:
         raise InputError(f"--resume: {path} can't be resumed; pass the {FINAL_NAME} that stands beside it")
-    config = checkpoint["config"]
+    config = {**DEFAULTS, "output_dir": str(path.parent), **checkpoint["config"]}
     for name, value in given.items():
         if name in FREE_ON_RESUME:
             continue
@@ -162,14 +164,13 @@ def settle_resumed(given: dict, path: Path) -> tuple[dict, dict]:
         )
     if epochs < checkpoint["epoch"]:
         raise InputError(f"--resume: --epochs {epochs} is less than the {checkpoint['epoch']} epochs that are done")
-    free = {name: DEFAULTS[name] for name in FREE_ON_RESUME} | {"output_dir": str(path.parent)} | config
-    return {**free, **given}, checkpoint
+    return {**config, **given}, checkpoint
 
 
 def to_config(settings: dict) -> dict:
-    """What the checkpoint keeps of the settings: all that makes the result, as plain values."""
-    config = {name: value for name, value in settings.items() if name not in FREE_ON_RESUME - {"epochs", "data_dir"}}
-    for name in ("data_dir", "weights"):
+    """What the checkpoint keeps of the settings, so that a resumed run brings them back; paths are made absolute."""
+    config = {name: value for name, value in settings.items() if name not in ("output_dir", "resume")}
+    for name in ("data_dir", "weights", "cache_dir", "tensorboard"):
         config[name] = config[name] and os.path.abspath(config[name])
     return config
 
@@ -188,6 +189,7 @@ def report(run: Run) -> None:
     metrics |= {"arch": model.arch, "epoch": checkpoint["epoch"], "val": checkpoint["metrics"]}
     files = reports.result_files(metrics)
     title = f"{model.arch} on {splits.trained_on}"
+    files[HISTORY_NAME] = lambda path: write_history(run.history, path)
     files["training_history.png"] = lambda path: reports.plot_history(run.history, path, title=title)
     for name, write in files.items():
         replace_file(run.output_dir / name, write)
@@ -197,7 +199,7 @@ def report(run: Run) -> None:
     warning = reports.one_class_warning(metrics)
     if warning:
         print(warning)
-    written = ", ".join((BEST_NAME, FINAL_NAME, "training_history.csv", *files))
+    written = ", ".join((BEST_NAME, FINAL_NAME, *files))
     print(f"In {printable(run.output_dir.resolve())}: {written}")
     print(f'Next: python predict_emotion.py photo.jpg --checkpoint "{printable(path)}"')
 
@@ -231,21 +233,17 @@ def format_row(row: dict, run: Run) -> str:
 
 
 def train(run: Run, writer) -> None:
-    """Epochs until the run is finished; on Ctrl-C says how to go on and raises KeyboardInterrupt."""
-    try:
-        while not run.is_finished:
-            row = run.train_epoch()
-            print(format_row(row, run), flush=True)
-            if writer:
-                log_scalars(writer, row)
-    except KeyboardInterrupt:
-        command = f'python train_emotion_cnn.py --resume "{printable(run.output_dir / FINAL_NAME)}"'
-        hint = f"go on with: {command}" if run.saved_epoch else "no epoch had ended, so there is nothing to resume"
-        print(f"\nstopped; {hint}", file=sys.stderr)
-        raise
-    finally:
+    while not run.is_finished:
+        row = run.train_epoch()
+        print(format_row(row, run), flush=True)
         if writer:
-            writer.close()
+            log_scalars(writer, row)
+
+
+def say_how_to_resume(run: Run) -> None:
+    command = f'python train_emotion_cnn.py --resume "{printable(run.output_dir / FINAL_NAME)}"'
+    hint = f"go on with: {command}" if run.saved_epoch else "no epoch had ended, so there is nothing to resume"
+    print(f"\nstopped; {hint}", file=sys.stderr)
 
 
 def describe(run: Run) -> str:
@@ -266,7 +264,6 @@ def main(argv: list[str] | None = None) -> None:
     settings, resumed = settle(vars(get_args_parser().parse_args(argv)))
     device = pick_device(settings["device"])
     make_output_dir(settings["output_dir"])
-    writer = make_writer(settings["tensorboard"])
     spec = input_spec_for(settings["arch"], settings["image_size"])
     options = {name: settings[name] for name in ("val_fraction", "seed", "cache_dir", "strict")}
     splits = load_splits(settings["data_dir"], spec, device, **options)
@@ -275,8 +272,16 @@ def main(argv: list[str] | None = None) -> None:
     if resumed:
         run.restore(resumed, resume_path(settings))
         print("this run is finished; its reports follow" if run.is_finished else f"resumed after epoch {run.epoch}")
-    train(run, writer)
-    report(run)
+    writer = make_writer(settings["tensorboard"])
+    try:
+        train(run, writer)
+        report(run)
+    except KeyboardInterrupt:
+        say_how_to_resume(run)
+        raise
+    finally:
+        if writer:
+            writer.close()
 
 
 if __name__ == "__main__":

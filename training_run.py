@@ -1,5 +1,6 @@
 """A training run: all that changes from epoch to epoch, and how it is saved to disk and taken up again."""
 
+import contextlib
 import csv
 import math
 import shutil
@@ -30,11 +31,15 @@ from engine import (
     make_scheduler,
     memory_format,
     pick_precision,
-    seed_epoch,
+    seed_for,
     train_one_epoch,
 )
 from models import InputError, create_model, freeze, train_mode
 from splits import Batches, Splits, draw_order
+
+HISTORY_NAME = "training_history.csv"
+# Settings that may differ from the resumed run's. data_dir is among them because the pictures themselves are compared.
+FREE_ON_RESUME = {"epochs", "device", "output_dir", "resume", "data_dir", "cache_dir", "tensorboard", "strict"}
 
 
 def make_class_weights(kind: str, counts: list[int]) -> list[float] | None:
@@ -78,7 +83,7 @@ class Run:
         )
         model.input_spec = spec
         if settings["weights"] and not is_resumed:
-            self.notes.append(load_initial_weights(model, settings["weights"]))
+            self.notes.append(load_initial_weights(model, settings["weights"], self.splits.class_names))
         if settings["freeze"]:
             freeze(model, settings["freeze"])
         return model.to(self.device, memory_format=memory_format(self.device))
@@ -145,18 +150,17 @@ class Run:
 
     def _train(self, number: int) -> dict:
         settings, train = self.settings, self.splits.train
-        seed = seed_epoch(settings["seed"], number)
-        self.generator.manual_seed(seed)
-        order = draw_order(
-            train.labels, balanced=settings["sampler"] == "balanced", generator=torch.Generator().manual_seed(seed)
-        )
+        torch.manual_seed(seed_for("dropout", settings["seed"], number))
+        self.generator.manual_seed(seed_for("augmentation", settings["seed"], number))
+        generator = torch.Generator().manual_seed(seed_for("order", settings["seed"], number))
+        order = draw_order(train.labels, balanced=settings["sampler"] == "balanced", generator=generator)
         train_mode(self.model)
         batches = train.iterate(settings["batch_size"], order)
         return train_one_epoch(self.step, batches, total=len(order), title=f"epoch {number}/{settings['epochs']}")
 
     def measure(self, model: nn.Module, batches: Batches) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probabilities (N, num_classes) and labels (N,), in float32 and without augmentation."""
-        batches = batches.iterate(self.settings["batch_size"])
+        batches = batches.iterate(max(1, self.settings["batch_size"] // self.settings["grad_accum"]))
         return evaluate(model, batches, lambda images: to_input(images, self.splits.spec))
 
     def save(self, is_best: bool) -> None:
@@ -190,7 +194,8 @@ class Run:
         }
         save_checkpoint(checkpoint, self.output_dir / FINAL_NAME)
         self.saved_epoch = self.epoch
-        replace_file(self.output_dir / "training_history.csv", lambda path: write_history(self.history, path))
+        with contextlib.suppress(InputError):  # Excel locks what it shows; the next epoch and the report write it again
+            replace_file(self.output_dir / HISTORY_NAME, lambda path: write_history(self.history, path))
 
     def _keep_previous_best(self) -> None:
         best = self.output_dir / BEST_NAME
@@ -224,14 +229,13 @@ class Run:
             copy_file(best, self.output_dir / BEST_NAME)
         if path.resolve() != (self.output_dir / FINAL_NAME).resolve():
             copy_file(path, self.output_dir / FINAL_NAME)
-        replace_file(self.output_dir / "training_history.csv", lambda target: write_history(self.history, target))
 
 
 def _is_same_run(one: dict, other: dict) -> bool:
     """Whether two checkpoints are of one run. Not by epoch: a run killed while saving has a best ahead of its final."""
     parts = []
     for checkpoint in (one, other):
-        config = {key: value for key, value in checkpoint["config"].items() if key not in ("epochs", "data_dir")}
+        config = {key: value for key, value in checkpoint["config"].items() if key not in FREE_ON_RESUME}
         parts.append((checkpoint["arch"], checkpoint["class_names"], config))
     return parts[0] == parts[1]
 

@@ -16,7 +16,7 @@ from engine import (
     make_scheduler,
     pick_device,
     pick_precision,
-    seed_epoch,
+    seed_for,
     steps_per_batch,
     train_one_epoch,
 )
@@ -426,14 +426,15 @@ def test_seeds_tell_epochs_and_ranks_apart():
     for seed in range(3):
         for epoch in range(1, 5):
             for rank in range(3):
-                value = seed_epoch(seed, epoch, rank)
-                drawn[value] = torch.rand(1).item()
-    assert len(drawn) == 36 and len(set(drawn.values())) == 36
-    assert seed_epoch(1, 2, 0) in drawn and torch.rand(1).item() == drawn[seed_epoch(1, 2, 0)]
+                for purpose in ("order", "augmentation", "dropout"):
+                    value = seed_for(purpose, seed, epoch, rank)
+                    drawn[value] = torch.rand(1, generator=torch.Generator().manual_seed(value)).item()
+    assert len(drawn) == 108 and len(set(drawn.values())) == 108
+    assert seed_for("order", 1, 2, 0) in drawn
 
 
 def test_the_largest_seed_works():
-    torch.Generator().manual_seed(seed_epoch(2**31 - 1, 10_000, 7))
+    torch.Generator().manual_seed(seed_for("order", 2**31 - 1, 10_000, 7))
 
 
 # Networks learn
