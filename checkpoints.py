@@ -60,7 +60,8 @@ def replace_file(path: str | Path, write) -> None:
             os.fsync(file.fileno())
         _replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch reports a failed write as a RuntimeError
-        raise InputError(f"can't write {path}: {' '.join(str(error).split())[:200]}") from None
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
+        raise InputError(f"can't write {path}: {reason}") from None
     finally:
         with contextlib.suppress(OSError):  # gone already, or never made
             temporary.unlink()
@@ -207,7 +208,7 @@ def _load_matching(
         model.load_state_dict({**state_dict, **replaced})
     except (RuntimeError, KeyError, AttributeError) as error:
         reason = " ".join(str(error).split())[:300]
-        raise InputError(f"--weights {path} doesn't fit {model.arch}: {reason}") from None
+        raise InputError(f"--weights {path} doesn't fit --arch {model.arch}: {reason}") from None
     if replaced:
         there, here = (list(weights[last + ".weight"].shape) for weights in (state_dict, own))
         return f"{path}: all weights loaded but the last layer's: other classes or size, {there} there and {here} here"

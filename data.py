@@ -175,7 +175,7 @@ def list_pictures(folder: str | Path, class_names: list[str]) -> list[Picture]:
     if not set(found) <= set(class_names):
         raise InputError(
             f"classes differ: {folder} has {found}, but the network knows "
-            f"{class_names}; rename or remove {sorted(set(found) - set(class_names))}"
+            f"{class_names}; another network is needed, or {sorted(set(found) - set(class_names))} renamed"
         )
     pictures = []
     for name in found:

@@ -57,6 +57,14 @@ def load_split(args: argparse.Namespace, model, config: dict) -> tuple[FolderIma
     return data, np.arange(len(data)), name
 
 
+def new_output_dir(name: str) -> Path:
+    """The folder, made where it is missing; InputError where it holds a report, such as training's of another split."""
+    output_dir = make_output_dir(name)
+    if os.path.exists(output_dir / "metrics.json"):
+        raise InputError(f"--output-dir {name} holds a report already (metrics.json); choose another folder")
+    return output_dir
+
+
 def main(argv: list[str] | None = None) -> None:
     args = get_args_parser().parse_args(argv)
     if args.batch_size < 1:
@@ -66,6 +74,7 @@ def main(argv: list[str] | None = None) -> None:
     path = find_checkpoint(args.checkpoint)
     checkpoint = read_checkpoint(path)
     model, class_names = prepare_model(checkpoint, path, args.device)
+    output_dir = args.output_dir and new_output_dir(args.output_dir)
     data, rows, split = load_split(args, model, checkpoint["config"])
     for note in data.notes:
         print(note)
@@ -84,10 +93,11 @@ def main(argv: list[str] | None = None) -> None:
     warning = reports.one_class_warning(metrics)
     if warning:
         print(warning)
-    if args.output_dir:
-        output_dir = make_output_dir(args.output_dir)
-        for name, write in reports.result_files(metrics).items():
+    if output_dir:
+        files = reports.result_files(metrics)
+        for name, write in files.items():
             replace_file(output_dir / name, write)
+        print(f"In {printable(output_dir.resolve())}: {', '.join(files)}")
 
 
 if __name__ == "__main__":

@@ -157,7 +157,10 @@ def run_script(main: Callable[[], int | None]) -> None:
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """argparse's, but a wrong flag gets one line instead of the whole usage."""
+    """argparse's, but a wrong flag gets one line instead of the whole usage, and a part of a flag is a wrong one."""
+
+    def __init__(self, **options):
+        super().__init__(**{"allow_abbrev": False, **options})
 
     def error(self, message: str):
         self.exit(2, f"error: {message}\n")
@@ -172,6 +175,15 @@ def make_output_dir(path: str | Path, flag: str = "--output-dir") -> Path:
             return path
     except OSError as error:
         raise InputError(f"can't write to {flag} {path}: {error.strerror}") from None
+
+
+def check_folder_of(path: Path) -> None:
+    """InputError where --output could not be written, before the work is done for it."""
+    try:
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise InputError(f"can't write --output {path}: {error.strerror}") from None
 
 
 def get_args_parser() -> ArgumentParser:
@@ -211,7 +223,7 @@ def find_pictures(inputs: list[str]) -> list[str]:
 def format_bars(all_probs: dict[str, float]) -> list[str]:
     """A line for each class: name, percent, a bar of one block for every two percent begun."""
     width = max(10, *(len(name) + 1 for name in all_probs))
-    return [f"{name:{width}}: {p:5.2f}% {'█' * int(np.ceil(p / 2))}" for name, p in all_probs.items()]
+    return [f"{name:{width}}: {p:5.2f}% {'█' * int(np.ceil(round(p, 2) / 2))}" for name, p in all_probs.items()]
 
 
 def print_prediction(name: str | None, prediction: Prediction, show_all: bool) -> None:
@@ -280,6 +292,7 @@ def predict_files(model: nn.Module, class_names: list[str], args: argparse.Names
                         | {class_columns[name]: round(value, 4) for name, value in all_probs.items()})  # fmt: skip
     if args.output and rows:
         write_rows(rows, [*COLUMNS, *class_columns.values()], Path(args.output))
+        print(f"written to {printable(args.output)}", file=sys.stderr)
     if not is_single:
         left_out = f", {len(unreadable):,} could not be read" if unreadable else ""
         print(f"{len(rows):,} pictures{left_out}", file=sys.stderr)
@@ -320,7 +333,7 @@ def main(argv: list[str] | None = None) -> int | None:
     if args.output and Path(args.output).suffix.lower() not in (".csv", ".json"):
         raise InputError(f"--output {args.output}: the name must end in .csv or .json")
     if args.output:
-        make_output_dir(Path(args.output).parent, "--output")
+        check_folder_of(Path(args.output))
     path = find_checkpoint(args.checkpoint)
     checkpoint = read_checkpoint(path)
     model, class_names = prepare_model(checkpoint, path, args.device)

@@ -225,6 +225,8 @@ def import_fer2013(source: Path | None, target: Path) -> tuple[Counter, str | No
         is_there = target.is_dir()  # it may be a mount point or the current folder, so it is filled and not replaced
         if target.exists() and not (is_there and not any(target.iterdir())):
             raise InputError(f"--output-dir {target} is there and not empty; choose a new folder")
+        if source and not os.path.exists(source):
+            raise InputError(f"no file or folder {source}; {BY_HAND}")
         source, table, pictures = find_set(source or download_fer2013())
         places, undecided = place_pictures(source, pictures)
         partial = Path(f"{target}{'/' if is_there else ''}.partial-{os.getpid()}")
@@ -271,7 +273,7 @@ def draw_sample(output_dir: Path, seed: int) -> None:
 
 def get_args_parser() -> ArgumentParser:
     parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True)
+    commands = parser.add_subparsers(dest="command", metavar="{sample,fer2013}", required=True)
     sample = commands.add_parser("sample", help="draw train/ and test/")
     sample.add_argument("--output-dir", type=Path, default=".", help="folder for train/ and test/ (default: current)")
     sample.add_argument("--seed", type=int, default=0, help="same seed, same pictures (default: 0)")

@@ -113,6 +113,7 @@ def plot_history(history: list[dict], path: str | Path, *, title: str) -> None:
             axes.plot(epochs, [factor * row[f"{split}_{key}"] for row in history], label=name, marker=marker)
         axes.axvline(best["epoch"], color="gray", linestyle=":", label=f"best, epoch {best['epoch']}")
         axes.set(xlabel="Epoch", ylabel=label)
+        axes.set_xlim(0.5, epochs[-1] + 0.5)
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
         axes.legend()
@@ -134,7 +135,9 @@ def plot_confusion_matrix(metrics: dict, path: str | Path) -> None:
     names = [_plain(name if len(name) <= 24 else name[:23] + "…") for name in names]
     axes.set_xticks(range(len(names)), names, rotation=45, ha="right")
     axes.set_yticks(range(len(names)), names)
-    title = f"{_plain(metrics['split'])}: accuracy {100 * metrics['accuracy']:.1f}% on {metrics['count']:,} pictures"
+    name = f"{metrics['arch']}, " if "arch" in metrics else ""
+    accuracy = f"accuracy {100 * metrics['accuracy']:.1f}% on {metrics['count']:,} pictures"
+    title = f"{name}{_plain(metrics['split'])}: {accuracy}"
     axes.set(xlabel="Predicted", ylabel="True", title=title)
     figure.colorbar(image, label="% of the true class", shrink=0.8)
     figure.savefig(path, format="png")

@@ -68,17 +68,17 @@ FLAGS = {  # group: (flag, default, argparse's options, help)
         ("--dropout", BY_ARCH, {"type": _SHARE}, "of the classifier head"),
     ],
     "optimisation": [
-        ("--epochs", BY_ARCH, {"type": _number(int, 1)}, ""),
+        ("--epochs", BY_ARCH, {"type": _number(int, 1)}, "how often every training picture is seen"),
         ("--batch-size", BY_ARCH, {"type": _number(int, 2)}, "pictures per optimiser step"),
         ("--optimizer", BY_ARCH, {"choices": OPTIMIZERS}, ""),
         ("--lr", BY_ARCH, {"type": _number(float, 1e-9)}, "learning rate; of onecycle the peak"),
-        ("--weight-decay", BY_ARCH, {"type": _number(float, 0)}, ""),
+        ("--weight-decay", BY_ARCH, {"type": _number(float, 0)}, "L2 penalty of adam and sgd; of adamw decoupled"),
         ("--schedule", BY_ARCH, {"choices": SCHEDULES}, "of the learning rate"),
-        ("--label-smoothing", BY_ARCH, {"type": _SHARE}, ""),
+        ("--label-smoothing", BY_ARCH, {"type": _SHARE}, "share of the target spread over all classes"),
         ("--grad-accum", 1, {"type": _number(int, 1), "metavar": "N"}, "split each batch into N passes: the same step "
          "in less memory"),
         ("--clip-grad", 0.0, {"type": _number(float, 0), "metavar": "NORM"}, "clip the gradient's norm; 0 is off"),
-        ("--ema", BY_ARCH, {"type": _SHARE, "metavar": "DECAY"}, "average the weights; 0 is off"),
+        ("--ema", BY_ARCH, {"type": _SHARE, "metavar": "DECAY"}, "average the weights, 0.999 say; 0 is off"),
         ("--early-stopping", 0, {"type": _COUNT, "metavar": "EPOCHS"}, "stop after so many without a better "
          "one; 0 is off"),
     ],
@@ -252,6 +252,7 @@ def describe(run: Run) -> str:
     lines = [
         *splits.notes,
         *run.notes,
+        *run.earlier_results(),
         f"{len(splits.train):,} pictures to train, {len(splits.val):,} to validate ({splits.where_val}), {test}",
         f"{len(splits.class_names)} classes: {', '.join(splits.class_names)}",
         f"{run.model.arch}: {count_parameters(run.model):,} parameters, "

@@ -34,7 +34,7 @@ from engine import (
     seed_for,
     train_one_epoch,
 )
-from models import InputError, create_model, freeze, train_mode
+from models import InputError, create_model, freeze, printable, train_mode
 from splits import Batches, Splits, draw_order
 
 HISTORY_NAME = "training_history.csv"
@@ -64,7 +64,7 @@ class Run:
 
     def __init__(self, settings: dict, config: dict, splits: Splits, device: torch.device, *, is_resumed: bool):
         self.settings, self.config, self.splits, self.device, self.notes = settings, config, splits, device, []
-        self.output_dir = Path(settings["output_dir"])
+        self.output_dir, self.is_resumed = Path(settings["output_dir"]), is_resumed
         self.model = self._make_model(is_resumed)
         self.generator = torch.Generator(device)
         self.step = self._make_step()
@@ -196,6 +196,13 @@ class Run:
         self.saved_epoch = self.epoch
         with contextlib.suppress(InputError):  # Excel locks what it shows; the next epoch and the report write it again
             replace_file(self.output_dir / HISTORY_NAME, lambda path: write_history(self.history, path))
+
+    def earlier_results(self) -> list[str]:
+        """A line where the output folder holds another run's results, of which only the best checkpoint is kept."""
+        if self.is_resumed or not (self.output_dir / BEST_NAME).exists():
+            return []
+        kept = Path(BEST_NAME).with_suffix(".previous.pth")
+        return [f"earlier results in {printable(self.output_dir)} are replaced; {BEST_NAME} is kept as {kept}"]
 
     def _keep_previous_best(self) -> None:
         best = self.output_dir / BEST_NAME

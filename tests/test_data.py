@@ -445,7 +445,7 @@ def test_pixels_are_those_of_read_image(spec, modes, tmp_path):
 
 
 def test_more_pictures_than_a_chunk_stay_in_order(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "_CHUNK", 3)
+    monkeypatch.setattr(data, "_CHUNK_BYTES", 2 * 16 * 16)
     root = draw_folder(tmp_path / "train", {"happy": 20, "sad": 18}, 16)
     draw_picture(1, 16, "RGB").save(root / "sad" / "sad_010.png")  # colour turns up late
     (root / "happy" / "happy_007.png").write_bytes(b"broken")

@@ -573,12 +573,17 @@ def test_parents_of_the_target_are_made(run, tmp_path):
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+def hear_ctrl_c():
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a suite that runs in the background inherits that it is ignored
+
+
 def test_ctrl_c_leaves_nothing(tmp_path):
     os.mkfifo(tmp_path / "slow.csv")  # its end never comes, so the import is under way when the signal arrives
     pipe = os.open(tmp_path / "slow.csv", os.O_RDWR)
     os.write(pipe, fer2013_csv(table_rows()[:4]))
     process = subprocess.Popen([sys.executable, "prepare_data.py", "fer2013", tmp_path / "slow.csv", "--output-dir",
-                                tmp_path / "out"], cwd=REPO, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+                                tmp_path / "out"], cwd=REPO, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                               preexec_fn=hear_ctrl_c)
     try:
         deadline = time.monotonic() + 90
         while not list(tmp_path.glob("out.partial-*/train/*/*.png")):

@@ -506,12 +506,13 @@ def test_plateau_lowers_the_learning_rate(plain_run, train, tmp_path):
 
 def test_frozen_backbone(plain_run, run, tmp_path):
     data, _ = plain_run
-    options = "--arch mobilenet_v2 --no-pretrained --image-size 64 --freeze features.10 --epochs 1 --batch-size 16"
-    code, _, err = run("--data-dir", data, "--output-dir", tmp_path, *options.split())
-    assert code == 0, err
-    checkpoint = load(tmp_path / FINAL_NAME)
     torch.manual_seed(0)
     initial = create_model("mobilenet_v2", 3, image_size=64).state_dict()
+    torch.save(initial, tmp_path / "weights.pth")
+    options = "--arch mobilenet_v2 --image-size 64 --freeze features.10 --epochs 1 --batch-size 16 --weights"
+    code, _, err = run("--data-dir", data, "--output-dir", tmp_path, *options.split(), tmp_path / "weights.pth")
+    assert code == 0, err
+    checkpoint = load(tmp_path / FINAL_NAME)
     frozen = tuple(f"features.{number}." for number in range(11))
     for key, value in checkpoint["state_dict"].items():
         assert torch.equal(value, initial[key]) == key.startswith(frozen), key
@@ -805,7 +806,8 @@ def test_best_of_another_run_is_not_taken_for_this_one(data, train, refuse, tmp_
     ("--device cpu --precision fp16", ["--precision", "fp16"]),
     ("--freeze all", ["--freeze"]),
     ("--pretrained", ["--pretrained", "cnn4_bn"]),
-    ("--arch mobilenet_v2 --no-pretrained --freeze features.99", ["--freeze", "features.99", "features.3"]),
+    ("--arch mobilenet_v2 --no-pretrained --freeze features.9", ["--freeze", "--no-pretrained"]),
+    ("--weights none.pth", ["--weights", "none.pth"]),
 ])  # fmt: skip
 def test_wrong_flags(plain_run, refuse, tmp_path, args, words):
     command = ["--data-dir", plain_run[0], "--output-dir", tmp_path / "out", "--epochs", "1", "--arch", "cnn4_bn"]
