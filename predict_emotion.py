@@ -223,7 +223,8 @@ def find_pictures(inputs: list[str]) -> list[str]:
 def format_bars(all_probs: dict[str, float]) -> list[str]:
     """A line for each class: name, percent, a bar of one block for every two percent begun."""
     width = max(10, *(len(name) + 1 for name in all_probs))
-    return [f"{name:{width}}: {p:5.2f}% {'█' * int(np.ceil(round(p, 2) / 2))}" for name, p in all_probs.items()]
+    rows = [f"{name:{width}}: {p:5.2f}% {'█' * int(np.ceil(round(p, 2) / 2))}" for name, p in all_probs.items()]
+    return [row.rstrip() for row in rows]
 
 
 def print_prediction(name: str | None, prediction: Prediction, show_all: bool) -> None:
