@@ -304,6 +304,8 @@ def load_imagenet_weights(model: nn.Module) -> None:
 def load_backbone(model: nn.Module, state_dict: dict[str, torch.Tensor]) -> None:
     """Loads all but the head from torchvision's `state_dict`; raises InputError where the two don't fit."""
     prefix = head_prefix(model.arch)
+    if prefix is None:
+        raise InputError(f"{model.arch} is no torchvision backbone, so these weights don't fit it")
     own = {key: value for key, value in model.state_dict().items() if key.startswith(prefix)}
     rest = {key: value for key, value in state_dict.items() if not key.startswith(prefix)}
     try:

@@ -226,7 +226,7 @@ def import_fer2013(source: Path | None, target: Path) -> tuple[Counter, str | No
         if target.exists() and not (is_there and not any(target.iterdir())):
             raise InputError(f"--output-dir {target} is there and not empty; choose a new folder")
         if source and not os.path.exists(source):
-            raise InputError(f"no file or folder {source}; {BY_HAND}")
+            raise InputError(f"No such file or folder: {source}; {BY_HAND}")
         source, table, pictures = find_set(source or download_fer2013())
         places, undecided = place_pictures(source, pictures)
         partial = Path(f"{target}{'/' if is_there else ''}.partial-{os.getpid()}")

@@ -454,6 +454,23 @@ def test_more_pictures_than_a_chunk_stay_in_order(tmp_path, monkeypatch):
     assert_like_read_image(images, COLOUR)
 
 
+def test_a_picture_that_the_system_gives_again_is_taken_up(tmp_path, monkeypatch):
+    root = draw_folder(tmp_path / "train", {"happy": 3, "sad": 2}, 16)
+    victim, open_picture = str(root / "sad" / "sad_001.png"), data._open
+
+    def refuse_one(source):
+        if source == victim:
+            raise OSError(24, "Too many open files")
+        return open_picture(source)
+
+    monkeypatch.setattr(data, "_open", refuse_one)  # stands for the operating system
+    assert list(FolderImages(root, GRAY).unreadable) == [victim]
+    assert list(FolderImages(root, GRAY).unreadable) == [victim]
+    monkeypatch.setattr(data, "_open", open_picture)
+    images = FolderImages(root, GRAY)
+    assert images.unreadable == {} and len(images) == 5
+
+
 def test_all_gray_set_keeps_one_channel_whatever_its_files_are(tmp_path):
     root = tmp_path / "train"
     for number, mode in enumerate(["L", "LA", "1", "I;16"]):

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -70,9 +71,10 @@ def measure(run, tmp_path):
     """Evaluates into a folder of its own; returns the metrics."""
 
     def run_and_read(root, *args):
-        code, _, err = run(root, *args, "--output-dir", tmp_path / "measured")
+        folder = Path(tempfile.mkdtemp(dir=tmp_path))
+        code, _, err = run(root, *args, "--output-dir", folder)
         assert (code, err) == (0, "")
-        return json.loads((tmp_path / "measured" / "metrics.json").read_text(encoding="utf-8"))
+        return json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
 
     return run_and_read
 
@@ -235,6 +237,15 @@ def test_files_are_written_only_where_asked(with_share, run, tmp_path, monkeypat
         image.load()
         assert min(image.size) > 400
     assert sorted((path, path.stat().st_mtime_ns) for path in with_share.rglob("*")) == before
+
+
+def test_a_report_is_never_written_over(with_share, run, tmp_path):
+    options = ["--data-dir", with_share, "--output-dir", tmp_path / "report"]
+    assert run(with_share, *options, "--split", "train")[0] == 0
+    before = (tmp_path / "report" / "metrics.json").read_bytes()
+    code, out, err = run(with_share, *options, "--split", "val")
+    assert (code, out, err.count("\n")) == (2, "", 1) and "--output-dir" in err
+    assert (tmp_path / "report" / "metrics.json").read_bytes() == before
 
 
 def test_the_script_itself(with_share, tmp_path):

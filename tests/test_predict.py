@@ -289,7 +289,7 @@ def test_bars_look_as_they_always_did():
     bars = [line.count("█") for line in lines]
     assert min(bars) == 1
     assert all(abs(bar - percent / 2) <= 1 for bar, percent in zip(bars, probs.values(), strict=True))
-    assert format_bars({"a": 100.0, "b": 0.0}) == ["a         : 100.00% " + "█" * 50, "b         :  0.00% "]
+    assert format_bars({"a": 100.0, "b": 0.0}) == ["a         : 100.00% " + "█" * 50, "b         :  0.00%"]
 
 
 def test_the_script_itself(checkpoint, loaded, tmp_path, photo):

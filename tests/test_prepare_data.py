@@ -363,7 +363,7 @@ def test_tables_without_what_is_needed(refuse, tmp_path, content, words):
 
 def test_sources_that_hold_no_set(refuse, tmp_path):
     refuse(tmp_path / "missing.zip", "missing.zip", "No such file")
-    refuse(tmp_path / "missing", "missing", "no folder")
+    refuse(tmp_path / "missing", "missing", "No such file or folder")
     (tmp_path / "a.txt").write_text("?")
     refuse(tmp_path / "a.txt", "a.txt", ".zip")
     (tmp_path / "empty").mkdir()

@@ -783,6 +783,40 @@ def test_best_of_another_run_is_not_taken_for_this_one(data, train, refuse, tmp_
     refuse("--resume", tmp_path / "one" / FINAL_NAME, "--epochs", 2, words=[BEST_NAME])
 
 
+# What other runs and other sets left behind
+
+
+def test_earlier_results_are_announced(data, run, tmp_path):
+    command = ["--data-dir", data, "--output-dir", tmp_path / "out", *SMALL, "--epochs", "1"]
+    assert "replaced" not in run(*command)[1]
+    code, out, err = run(*command)
+    assert code == 0, err
+    assert "best_emotion_model.previous.pth" in out and "replaced" in out
+
+
+def test_training_pictures_in_test_are_counted(data, run, tmp_path):
+    (label,) = sorted(COUNTS)[:1]
+    for number, path in enumerate(sorted((data / "train" / label).iterdir())[:3]):
+        shutil.copy(path, data / "test" / label / f"copy{number}.png")
+    code, out, err = run("--data-dir", data, "--output-dir", tmp_path / "out", *SMALL, "--epochs", "1")
+    assert code == 0, err
+    assert f"3 of {5 * len(COUNTS) + 3} pictures in test/ stand in train/ too" in out
+
+
+def test_weights_of_the_same_size_for_other_classes_lose_their_head(plain_run, run, tmp_path):
+    names = [f"other {number}" for number in range(len(COUNTS))]
+    draw_folder(tmp_path / "data" / "train", dict.fromkeys(names, 8))
+    source = plain_run[0] / "out" / BEST_NAME
+    command = ["--data-dir", tmp_path / "data", "--output-dir", tmp_path / "out", *SMALL, "--epochs", "1"]
+    code, out, err = run(*command, "--weights", source, "--lr", "1e-9")
+    assert code == 0, err
+    assert "last layer" in out
+    old, new = load(source)["state_dict"], load(tmp_path / "out" / FINAL_NAME)["state_dict"]
+    first, last = list(new)[0], list(new)[-2]
+    torch.testing.assert_close(new[first], old[first], atol=1e-6, rtol=0)
+    assert not torch.allclose(new[last], old[last], atol=1e-3)
+
+
 # Mistakes
 
 
@@ -797,6 +831,7 @@ def test_best_of_another_run_is_not_taken_for_this_one(data, train, refuse, tmp_
     ("--batch-size 1", ["--batch-size"]),
     ("--optimizer lion", ["--optimizer", "lion", "adamw"]),
     ("--no-such-flag", ["--no-such-flag"]),
+    ("--epoch 1", ["--epoch"]),
     ("--augment blur=3", ["--augment", "blur"]),
     ("--augment rotation", ["--augment", "rotation"]),
     ("--augment flip=2", ["--augment", "flip"]),
