@@ -240,7 +240,7 @@ def test_files_are_written_only_where_asked(with_share, run, tmp_path, monkeypat
 
 
 def test_a_report_is_never_written_over(with_share, run, tmp_path):
-    options = ["--data-dir", with_share, "--output-dir", tmp_path / "report"]
+    options = ["--data-dir", with_share / "data", "--output-dir", tmp_path / "report"]
     assert run(with_share, *options, "--split", "train")[0] == 0
     before = (tmp_path / "report" / "metrics.json").read_bytes()
     code, out, err = run(with_share, *options, "--split", "val")
