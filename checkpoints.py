@@ -125,7 +125,10 @@ def read_checkpoint(path: str | Path) -> dict:
 
     Raises InputError with one line for anything else, a file that would run code when loaded among them.
     """
-    checkpoint = _read(Path(path))
+    return _check(_read(Path(path)), path)
+
+
+def _check(checkpoint, path: str | Path) -> dict:
     if not isinstance(checkpoint, dict) or "format_version" not in checkpoint:
         raise InputError(f"{path} is not a checkpoint of this project (bare weights go to training, with --weights)")
     if checkpoint["format_version"] != FORMAT_VERSION:
@@ -169,13 +172,12 @@ def build_model(checkpoint: dict, path: str | Path = "the checkpoint") -> nn.Mod
 def load_initial_weights(model: nn.Module, path: str | Path, class_names: list[str] | None = None) -> str:
     """Starts `model` from one of our checkpoints of the same arch, or from a bare state_dict such as torchvision's.
 
-    A last layer of another size, or made for other classes than `class_names`, is left as it is.
-    Returns one line that says what was loaded; raises InputError where
-    the file is of another arch or does not fit.
+    A last layer of another size, or made for other classes than `class_names`, is left as it is. Returns one line
+    that says what was loaded; raises InputError where the file is of another arch or does not fit.
     """
     loaded = _read(Path(path))
     if isinstance(loaded, dict) and "format_version" in loaded:
-        checkpoint = read_checkpoint(path)
+        checkpoint = _check(loaded, path)
         if checkpoint["arch"] != model.arch:
             raise InputError(f"--weights {path} is of arch {checkpoint['arch']}, but --arch is {model.arch}")
         is_other = class_names is not None and checkpoint["class_names"] != class_names

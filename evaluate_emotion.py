@@ -16,7 +16,7 @@ import numpy as np
 import reports
 from checkpoints import read_checkpoint, replace_file
 from data import FolderImages, to_input
-from engine import PRECISIONS, evaluate, pick_device, pick_precision
+from engine import PRECISIONS, evaluate, pick_precision
 from models import InputError, printable
 from predict_emotion import ArgumentParser, find_checkpoint, make_output_dir, prepare_model, run_script
 from splits import Batches, split_train_val
@@ -69,11 +69,11 @@ def main(argv: list[str] | None = None) -> None:
     args = get_args_parser().parse_args(argv)
     if args.batch_size < 1:
         raise InputError(f"--batch-size must be at least 1, not {args.batch_size}")
-    device = pick_device(args.device)
-    precision = pick_precision(args.precision, device)
     path = find_checkpoint(args.checkpoint)
     checkpoint = read_checkpoint(path)
     model, class_names = prepare_model(checkpoint, path, args.device)
+    device = next(model.parameters()).device
+    precision = pick_precision(args.precision, device)
     output_dir = args.output_dir and new_output_dir(args.output_dir)
     data, rows, split = load_split(args, model, checkpoint["config"])
     for note in data.notes:

@@ -65,13 +65,13 @@ class Run:
     def __init__(self, settings: dict, config: dict, splits: Splits, device: torch.device, *, is_resumed: bool):
         self.settings, self.config, self.splits, self.device, self.notes = settings, config, splits, device, []
         self.output_dir, self.is_resumed = Path(settings["output_dir"]), is_resumed
-        self.model = self._make_model(is_resumed)
+        self.model = self._make_model()
         self.generator = torch.Generator(device)
         self.step = self._make_step()
         self.epoch, self.saved_epoch, self.history, self.since_best = 0, 0, [], 0
         self.best = {"val_acc": -1.0, "val_loss": math.inf, "epoch": 0}
 
-    def _make_model(self, is_resumed: bool) -> nn.Module:
+    def _make_model(self) -> nn.Module:
         settings, spec = self.settings, self.splits.spec
         torch.manual_seed(settings["seed"])
         model = create_model(
@@ -79,10 +79,10 @@ class Run:
             len(self.splits.class_names),
             image_size=spec.image_size,
             dropout=settings["dropout"],
-            pretrained=settings["pretrained"] and not is_resumed,
+            pretrained=settings["pretrained"] and not self.is_resumed,
         )
         model.input_spec = spec
-        if settings["weights"] and not is_resumed:
+        if settings["weights"] and not self.is_resumed:
             self.notes.append(load_initial_weights(model, settings["weights"], self.splits.class_names))
         if settings["freeze"]:
             freeze(model, settings["freeze"])
