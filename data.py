@@ -15,6 +15,7 @@ import sys
 import time
 import zlib
 from collections import deque
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -31,6 +32,7 @@ EXTENSIONS = {".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".gif", ".tif", ".tiff",
 SAMPLE_PREFIX, SAMPLE_SET = "drawing_", "the sample set of drawings"  # its files' names, what checkpoints call it
 MAX_PIXELS = 100_000_000  # pictures of more are refused before decoding: they would take over 300 MB each
 _GRAY_MODES = {"1", "L", "LA", "La", "I", "I;16", "I;16B", "I;16L", "I;16N"}
+_SMALL_FILE = 5_000  # bytes; measured: two threads decode smaller pictures slower than one
 _CHUNK_BYTES = 2**22  # of pictures decoded by one task
 _FOOTER = struct.Struct("<QI")  # of a cache file: the trailer's length, the CRC-32 of all before the footer
 
@@ -71,7 +73,8 @@ def _open(source) -> Image.Image:
         raise ValueError("it is not a regular file")
     if info.st_size == 0:
         raise ValueError("the file is empty")
-    image = Image.open(io.BytesIO(Path(source).read_bytes()))
+    with open(source, "rb") as file:
+        image = Image.open(io.BytesIO(file.read()))
     if image.width * image.height > MAX_PIXELS:
         raise ValueError(f"{image.width} x {image.height} pixels are more than the {MAX_PIXELS:,} that are allowed")
     return image
@@ -96,9 +99,10 @@ def _to_pixels(image: Image.Image, spec: InputSpec, channels: int) -> np.ndarray
 
 def normalise(images: torch.Tensor, spec: InputSpec) -> torch.Tensor:
     """float32 (N, C, H, W) in 0-1 -> what the network eats: normalised, one gray channel expanded to three."""
-    mean = torch.tensor(spec.mean, device=images.device).view(1, -1, 1, 1)
-    std = torch.tensor(spec.std, device=images.device).view(1, -1, 1, 1)
-    return (images - mean) / std  # (N, 1, H, W) against (1, 3, 1, 1) expands
+    channels = images.unbind(1) * (spec.channels // images.shape[1])
+    # Plain numbers, because a tensor of them would have to be copied to the device for every batch.
+    parts = [(part - mean) / std for part, mean, std in zip(channels, spec.mean, spec.std, strict=True)]
+    return torch.stack(parts, 1)
 
 
 def to_input(images: torch.Tensor, spec: InputSpec) -> torch.Tensor:
@@ -259,7 +263,7 @@ class FolderImages:
         path = cache_dir / self._cache_name(listed)
         try:
             images, digests, unreadable = _read_cache(path)
-            again = _decode_chunk([listed[int(row)] for row in unreadable], self.spec, self.spec.stored_channels)
+            again = _decode_chunk([listed[int(row)].path for row in unreadable], self.spec, self.spec.stored_channels)
             if all(isinstance(result, str) for result in again):  # else a disk or a permission was mended
                 return images, digests, unreadable
             del images  # Windows can't replace a file that is mapped
@@ -308,7 +312,9 @@ class FolderImages:
         file.truncate()
         bar = tqdm(total=len(listed), desc=f"decoding {self.folder.name}", unit="img", leave=False, disable=None)
         with bar:
-            for start, results in _decode_chunks(listed, self.spec, channels):
+            size = min(256, 1 + _CHUNK_BYTES // (channels * self.spec.image_size**2))
+            paths = [picture.path for picture in listed]
+            for start, results in in_chunks(paths, lambda chunk: _decode_chunk(chunk, self.spec, channels), size):
                 for row, result in enumerate(results, start):
                     if result is None:
                         return None
@@ -323,29 +329,38 @@ class FolderImages:
         return trailer, crc
 
 
-def _decode_chunks(listed: list[Picture], spec: InputSpec, channels: int):
-    """Yields (first row, results) in order, with few chunks in flight, so that memory doesn't grow with the set."""
-    workers = os.cpu_count() or 1
-    size = min(256, 1 + _CHUNK_BYTES // (channels * spec.image_size**2))
-    starts, running = deque(range(0, len(listed), size)), deque()
+def in_chunks(sources: list, decode: Callable[[list], list], size: int) -> Iterator[tuple[int, list]]:
+    """Yields (start, decode(sources[start : start + size])) in order; threads decode a few chunks ahead."""
+    if len(sources) <= size:
+        yield from [(0, decode(sources))] if sources else []
+        return
+    workers = _count_decoders(sources)
+    starts, running = deque(range(0, len(sources), size)), deque()
     pool = ThreadPoolExecutor(workers)
     try:
         while starts or running:
             while starts and len(running) < 2 * workers:
                 start = starts.popleft()
-                running.append((start, pool.submit(_decode_chunk, listed[start : start + size], spec, channels)))
+                running.append((start, pool.submit(decode, sources[start : start + size])))
             start, future = running.popleft()
             yield start, future.result()
     finally:
         pool.shutdown(cancel_futures=True)  # Ctrl-C should not wait for what is queued
 
 
-def _decode_chunk(pictures: list[Picture], spec: InputSpec, channels: int) -> list:
+def _count_decoders(sources: list) -> int:
+    """Threads to decode with: small files spend most of their time in Python, which runs one thread at a time."""
+    paths = [source for source in sources[:: 1 + len(sources) // 100] if isinstance(source, str | os.PathLike)]
+    sizes = [os.path.getsize(path) for path in paths if os.path.isfile(path)]
+    return 1 if sizes and sum(sizes) < _SMALL_FILE * len(sizes) else os.cpu_count() or 1
+
+
+def _decode_chunk(paths: list[str], spec: InputSpec, channels: int) -> list:
     """For each picture its pixels, or a str that says why it can't be read, or None: it has a colour too many."""
     results = []
-    for picture in pictures:
+    for path in paths:
         try:
-            image = _open(picture.path)
+            image = _open(path)
             if channels < spec.stored_channels and image.mode not in _GRAY_MODES:
                 return [None]
             results.append(_to_pixels(image, spec, channels))

@@ -16,7 +16,6 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -24,8 +23,8 @@ import torch
 from torch import nn
 
 from checkpoints import BEST_NAME, build_model, read_checkpoint, replace_file
-from data import SAMPLE_SET, find_classes, read_image, to_input, walk_pictures
-from engine import memory_format, pick_device
+from data import SAMPLE_SET, find_classes, in_chunks, read_image, to_input, walk_pictures
+from engine import memory_format, pick_device, set_up_process
 from models import InputError, InputSpec, count_parameters, printable
 
 BUNDLED = Path(__file__).resolve().parent / "weights" / "emotion_model.pth"
@@ -114,26 +113,25 @@ def _decode_ahead(
     A picture that can't be read goes to `on_error(source, message)` and is left out; None raises instead.
     """
 
-    def decode(source):
-        try:
-            return read_image(source, spec)
-        except InputError as error:
-            if on_error is None:
-                raise
-            return str(error)
+    def decode(chunk: list) -> list:
+        results = []
+        for source in chunk:
+            try:
+                results.append(read_image(source, spec))
+            except InputError as error:
+                if on_error is None:
+                    raise
+                results.append(str(error))
+        return results
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        chunks = [sources[start : start + batch_size] for start in range(0, len(sources), batch_size)]
-        running = [pool.submit(decode, source) for source in chunks[0]] if chunks else []
-        for number, chunk in enumerate(chunks):
-            results = [future.result() for future in running]
-            running = [pool.submit(decode, source) for source in (chunks + [[]])[number + 1]]
-            for source, result in zip(chunk, results, strict=True):
-                if isinstance(result, str):
-                    on_error(source, result)
-            good = [pair for pair in zip(chunk, results, strict=True) if not isinstance(pair[1], str)]
-            if good:
-                yield torch.from_numpy(np.stack([pixels for _, pixels in good])), [source for source, _ in good]
+    for start, results in in_chunks(sources, decode, batch_size):
+        chunk = sources[start : start + batch_size]
+        for source, result in zip(chunk, results, strict=True):
+            if isinstance(result, str):
+                on_error(source, result)
+        good = [pair for pair in zip(chunk, results, strict=True) if not isinstance(pair[1], str)]
+        if good:
+            yield torch.from_numpy(np.stack([pixels for _, pixels in good])), [source for source, _ in good]
 
 
 # The command line
@@ -141,6 +139,7 @@ def _decode_ahead(
 
 def run_script(main: Callable[[], int | None]) -> None:
     """Runs a script's `main`: exit code 2 and one line for the user's mistakes, 130 for Ctrl-C."""
+    set_up_process()
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # notebooks have streams of their own
             stream.reconfigure(errors="replace")  # a terminal that can't show a bar or a name still shows the rest
