@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from tqdm import tqdm
 
 from models import InputError, InputSpec, printable
@@ -73,7 +73,7 @@ def _open(source) -> Image.Image:
         raise ValueError("it is not a regular file")
     if info.st_size == 0:
         raise ValueError("the file is empty")
-    with open(source, "rb") as file:
+    with open(source, "rb", buffering=0) as file:
         image = Image.open(io.BytesIO(file.read()))
     if image.width * image.height > MAX_PIXELS:
         raise ValueError(f"{image.width} x {image.height} pixels are more than the {MAX_PIXELS:,} that are allowed")
@@ -81,7 +81,9 @@ def _open(source) -> Image.Image:
 
 
 def _to_pixels(image: Image.Image, spec: InputSpec, channels: int) -> np.ndarray:
-    image = ImageOps.exif_transpose(image)
+    image.load()
+    if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+        image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):  # 16 bits, which Pillow's own conversion would clip at 255 instead of scaling
         pixels = np.asarray(image).astype(np.int64).clip(0, 65535) >> 8
         image = Image.fromarray(pixels.astype(np.uint8))
@@ -310,8 +312,7 @@ class FolderImages:
         trailer, crc = {"unreadable": {}, "digests": []}, 0
         file.seek(0)
         file.truncate()
-        bar = tqdm(total=len(listed), desc=f"decoding {self.folder.name}", unit="img", leave=False, disable=None)
-        with bar:
+        with tqdm(total=len(listed), desc=f"decoding {self.folder.name}", unit="img", leave=False, disable=None) as bar:
             size = min(256, 1 + _CHUNK_BYTES // (channels * self.spec.image_size**2))
             paths = [picture.path for picture in listed]
             for start, results in in_chunks(paths, lambda chunk: _decode_chunk(chunk, self.spec, channels), size):

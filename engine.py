@@ -64,15 +64,21 @@ def set_up_process() -> None:
     is freed: by default it returns large blocks to the system and fetches them anew, page by page, at every step,
     which costs a tenth to a quarter of a step on a CPU. cuDNN tries out which of its convolutions is fastest.
     """
-    with contextlib.suppress(OSError, ValueError):  # no cgroup, or one without a limit
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        if "OMP_NUM_THREADS" not in os.environ:
-            torch.set_num_threads(max(1, min(torch.get_num_threads(), round(int(quota) / int(period)))))
+    limit = Path("/sys/fs/cgroup/cpu.max")
+    if limit.exists() and "OMP_NUM_THREADS" not in os.environ:
+        threads = torch.get_num_threads()
+        torch.set_num_threads(min(threads, cpu_limit(limit.read_text()) or threads))
     with contextlib.suppress(OSError, AttributeError, TypeError):  # another C library
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-4, 0)  # M_MMAP_MAX: no block is mapped on its own
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: the top of the heap stays
     torch.backends.cudnn.benchmark = True
+
+
+def cpu_limit(text: str) -> int | None:
+    """The CPUs that a cgroup's cpu.max ("QUOTA PERIOD" in microseconds) allows, rounded up; None: all."""
+    quota, period = text.split()
+    return None if quota == "max" else math.ceil(int(quota) / int(period))
 
 
 def autocast(device: torch.device, precision: torch.dtype) -> torch.autocast:

@@ -113,25 +113,23 @@ def _decode_ahead(
     A picture that can't be read goes to `on_error(source, message)` and is left out; None raises instead.
     """
 
-    def decode(chunk: list) -> list:
-        results = []
+    def decode(chunk: list) -> tuple[np.ndarray | None, list, list[tuple[object, str]]]:
+        pixels, good, bad = [], [], []
         for source in chunk:
             try:
-                results.append(read_image(source, spec))
+                pixels.append(read_image(source, spec))
+                good.append(source)
             except InputError as error:
                 if on_error is None:
                     raise
-                results.append(str(error))
-        return results
+                bad.append((source, str(error)))
+        return np.stack(pixels) if pixels else None, good, bad
 
-    for start, results in in_chunks(sources, decode, batch_size):
-        chunk = sources[start : start + batch_size]
-        for source, result in zip(chunk, results, strict=True):
-            if isinstance(result, str):
-                on_error(source, result)
-        good = [pair for pair in zip(chunk, results, strict=True) if not isinstance(pair[1], str)]
+    for _, (pixels, good, bad) in in_chunks(sources, decode, batch_size):
+        for source, message in bad:
+            on_error(source, message)
         if good:
-            yield torch.from_numpy(np.stack([pixels for _, pixels in good])), [source for source, _ in good]
+            yield torch.from_numpy(pixels), good
 
 
 # The command line
@@ -277,7 +275,7 @@ def predict_files(model: nn.Module, class_names: list[str], args: argparse.Names
     paths = find_pictures(args.inputs)
     is_single = len(paths) == 1 and not os.path.isdir(args.inputs[0])
     class_columns = {name: f"{name} (class)" if name in COLUMNS else name for name in class_names}
-    rows, unreadable = [], []
+    rows, unreadable, done = [], [], 0
 
     def on_error(_, message: str) -> None:
         unreadable.append(message)
@@ -287,16 +285,18 @@ def predict_files(model: nn.Module, class_names: list[str], args: argparse.Names
         for path, probs in zip(sources, predict_probs(model, pixels), strict=True):
             prediction = _to_prediction(probs, class_names)
             print_prediction(None if is_single else path, prediction, args.show_all)
-            emotion, confidence, all_probs = prediction
-            rows.append({"file": path, "emotion": emotion, "confidence": round(confidence, 4)}
-                        | {class_columns[name]: round(value, 4) for name, value in all_probs.items()})  # fmt: skip
-    if args.output and rows:
+            done += 1
+            if args.output:
+                emotion, confidence, all_probs = prediction
+                rows.append({"file": path, "emotion": emotion, "confidence": round(confidence, 4)}
+                            | {class_columns[name]: round(value, 4) for name, value in all_probs.items()})  # fmt: skip
+    if rows:
         write_rows(rows, [*COLUMNS, *class_columns.values()], Path(args.output))
         print(f"written to {printable(args.output)}", file=sys.stderr)
     if not is_single:
         left_out = f", {len(unreadable):,} could not be read" if unreadable else ""
-        print(f"{len(rows):,} pictures{left_out}", file=sys.stderr)
-    return 0 if rows else 2
+        print(f"{done:,} pictures{left_out}", file=sys.stderr)
+    return 0 if done else 2
 
 
 def draw_samples(model: nn.Module, class_names: list[str], args: argparse.Namespace) -> None:

@@ -777,3 +777,47 @@ def test_the_source_may_be_gone_while_the_cache_serves(tmp_path):
     expected = np.array(images.images)
     shutil.rmtree(root)
     assert np.array_equal(images.images, expected)
+
+
+# Decoding ahead
+
+
+def write_files(folder, count, size):
+    paths = [folder / str(number) for number in range(count)]
+    for path in paths:
+        path.write_bytes(bytes(size))
+    return [str(path) for path in paths]
+
+
+@pytest.mark.parametrize("size", [10, 20_000])  # of a file: one decoder, or one for each CPU
+@pytest.mark.parametrize("count", [0, 1, 7, 8, 50])
+def test_chunks_come_in_order_and_whole(tmp_path, count, size):
+    sources = write_files(tmp_path, count, size)
+    chunks = list(data.in_chunks(sources, lambda chunk: [os.path.basename(path) for path in chunk], 7))
+    assert [start for start, _ in chunks] == list(range(0, count, 7))
+    assert [int(name) for _, names in chunks for name in names] == list(range(count))
+
+
+def test_chunks_are_decoded_ahead_but_not_all_at_once(tmp_path):
+    decoded = []
+    chunks = data.in_chunks(write_files(tmp_path, 40, 10), decoded.extend, 1)
+    next(chunks)
+    time.sleep(0.5)
+    assert 1 < len(decoded) < 10
+    chunks.close()
+
+
+def test_small_files_get_one_decoder_and_large_ones_many(tmp_path):
+    for size, decoders in ((1_600, 1), (50_000, os.cpu_count())):
+        folder = tmp_path / str(size)
+        folder.mkdir()
+        assert data._count_decoders(write_files(folder, 20, size)) == decoders
+    assert data._count_decoders([np.zeros((4, 4), np.uint8)] * 5) == os.cpu_count()
+
+
+@pytest.mark.parametrize(("stored", "channels"), [(1, 1), (1, 3), (3, 3)])
+def test_normalise_is_mean_and_std_of_each_channel(stored, channels):
+    spec = InputSpec(48, channels, (0.4, 0.5, 0.6)[:channels], (0.2, 0.3, 0.25)[:channels])
+    images = torch.rand(4, stored, 48, 48)
+    mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in (spec.mean, spec.std))
+    assert torch.equal(data.normalise(images, spec), (images - mean) / std)

@@ -10,6 +10,7 @@ from engine import (
     Ema,
     TrainStep,
     autocast,
+    cpu_limit,
     evaluate,
     loss_and_accuracy,
     make_optimizer,
@@ -464,3 +465,10 @@ def test_sixteen_pictures_are_learnt_by_heart(arch):
             model(to_input(images, spec))
     acc = loss_and_accuracy(*evaluate(model, [(images, labels)], lambda x: to_input(x, spec)))[1]
     assert right[-3:] == [16] * 3 and acc == 1.0
+
+
+@pytest.mark.parametrize(
+    ("text", "threads"), [("200000 100000", 2), ("150000 100000", 2), ("50000 100000", 1), ("max 100000", None)]
+)
+def test_share_of_the_cpus_that_a_container_has(text, threads):
+    assert cpu_limit(text) == threads

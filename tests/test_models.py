@@ -7,6 +7,7 @@ from torch import nn
 from checkpoints import load_initial_weights
 from models import (
     ARCHS,
+    Dropout,
     InputError,
     InputSpec,
     Recipe,
@@ -422,3 +423,72 @@ def test_pretrained_scratch_network_is_refused(arch):
     with pytest.raises(InputError) as caught:
         create_model(arch, 4, pretrained=True)
     assert "--pretrained" in one_line(caught) and arch in str(caught.value)
+
+
+# What makes a step fast must not change what it computes
+
+
+def pool_last(model):
+    """The same layers as the five systems order them: ReLU, then max-pool."""
+    layers = list(model)
+    for index in range(len(layers) - 1):
+        if isinstance(layers[index], nn.MaxPool2d) and isinstance(layers[index + 1], nn.ReLU):
+            layers[index : index + 2] = layers[index + 1], layers[index]
+    return nn.Sequential(*layers)
+
+
+@pytest.mark.parametrize("arch", ["cnn6_bn", "cnn6_rgb", "cnn4_bn", "cnn4"])
+def test_pooling_before_relu_is_the_same_function(arch):
+    torch.manual_seed(0)
+    model = create_model(arch, 7, dropout=0.0)
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    images = torch.randn(3, model.input_spec.channels, 48, 48)
+    found = []
+    for network in (model, pool_last(model)):
+        network.train().zero_grad()
+        logits = network(images)
+        logits.sum().backward()
+        found.append([logits, *(parameter.grad.clone() for parameter in network.parameters())])
+    assert list(pool_last(model)) != list(model)
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("p", [0.25, 0.3, 0.5])
+def test_dropout_drops_the_share_it_should_and_scales_the_rest(p):
+    torch.manual_seed(0)
+    inputs = torch.ones(64, 32, 24, 24).contiguous(memory_format=torch.channels_last).requires_grad_()
+    outputs = Dropout(p)(inputs)
+    share = (outputs == 0).float().mean().item()
+    assert share == pytest.approx(p, abs=0.004)
+    assert outputs.mean().item() == pytest.approx(1, abs=0.005)
+    assert len(outputs.unique()) == 2 and outputs.is_contiguous(memory_format=torch.channels_last)
+    by_place = (outputs == 0).float().mean(0)  # no place in the picture is favoured
+    assert by_place.min() > 0 and by_place.max() < 1
+    outputs.sum().backward()
+    assert torch.equal(inputs.grad, outputs.detach())
+
+
+def test_dropout_follows_the_seed_and_does_nothing_in_evaluation():
+    inputs, layer = torch.randn(5, 7), Dropout(0.5)
+    masks = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        masks.append(layer(inputs.expand(40, 5, 7)))
+    assert torch.equal(masks[0], masks[1]) and not torch.equal(masks[0], masks[2])
+    assert torch.equal(layer.eval()(inputs), inputs)
+    assert torch.equal(Dropout(0.0)(inputs), inputs)
+    assert Dropout(0.999)(inputs).isfinite().all()
+
+
+def test_strided_depthwise_convolutions_are_the_same_and_float32_under_autocast():
+    model = create_model("mobilenet_v2", 7, image_size=32)
+    found = [module for module in model.modules() if isinstance(module, nn.Conv2d) and type(module) is not nn.Conv2d]
+    assert len(found) == 4 and all(module.groups > 1 and module.stride == (2, 2) for module in found)
+    inputs = torch.randn(2, found[0].in_channels, 8, 8)
+    expected = nn.Conv2d.forward(found[0], inputs)
+    assert torch.equal(found[0](inputs), expected)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert nn.Conv2d.forward(found[0], inputs).dtype == torch.bfloat16
+        assert torch.equal(found[0](inputs), expected)

@@ -1,0 +1,77 @@
+"""Memory while training, epoch by epoch, and that a set may be larger than memory. Linux only (it reads /proc).
+
+    python -m benchmarks.memory --data-dir fer2013
+
+First train_emotion_cnn.py is run, and its resident memory read after every epoch. Then one epoch of batches is drawn
+from the same pictures cached at growing sizes: `anonymous` is the memory that the process holds itself, `file` the
+pages of the memory map, which the system takes back when it needs room.
+"""
+
+import multiprocessing
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+from benchmarks import REPO, check_data_dir
+from models import InputSpec
+from predict_emotion import ArgumentParser, run_script
+from splits import draw_order, load_splits
+
+
+def read_memory(process: int | str = "self") -> dict[str, float]:
+    """MB of a running process: VmHWM (peak resident), VmRSS (resident), RssAnon (anonymous), RssFile (of files)."""
+    text = Path(f"/proc/{process}/status").read_text()
+    return {name: int(value) / 1024 for name, value in re.findall(r"(Vm\w+|Rss\w+):\s+(\d+) kB", text)}
+
+
+def watch_training(data_dir: str, arch: str, epochs: int) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-u", REPO / "train_emotion_cnn.py", "--data-dir", data_dir, "--arch", arch]
+        command += ["--epochs", str(epochs), "--output-dir", folder, "--device", "cpu"]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+            for line in process.stdout:
+                if line.startswith("epoch "):
+                    memory = read_memory(process.pid)
+                    print(f"{line.split('  ')[0]}: resident {memory['VmRSS']:,.0f} MB, peak {memory['VmHWM']:,.0f} MB")
+
+
+def draw_epoch(pipe, data_dir: str, image_size: int, cache_dir: str) -> None:
+    options = {"val_fraction": 0.1, "seed": 0, "cache_dir": cache_dir}
+    train = load_splits(data_dir, InputSpec(image_size), torch.device("cpu"), **options).train
+    pixels, checksum = len(train) * image_size**2, 0
+    start = read_memory()["RssAnon"]
+    for images, _ in train.iterate(64, draw_order(train.labels, balanced=False, generator=None)):
+        checksum += int(images[0, 0, 0, 0])
+    memory = read_memory()
+    pipe.send((pixels / 2**20, start, memory["RssAnon"], memory["RssFile"]))
+
+
+def main() -> None:
+    parser = ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--data-dir", metavar="DIR", default=".", help="holds train/ (default: .)")
+    parser.add_argument("--arch", default="cnn4_bn", help="(default: cnn4_bn)")
+    parser.add_argument("--epochs", type=int, default=3, help="(default: 3)")
+    parser.add_argument("--sizes", type=int, nargs="*", default=[48, 96, 192], help="pixels (default: 48 96 192)")
+    args = parser.parse_args()
+    check_data_dir(args.data_dir)
+    watch_training(args.data_dir, args.arch, args.epochs)
+    context = multiprocessing.get_context("spawn")
+    for image_size in args.sizes:
+        with tempfile.TemporaryDirectory() as cache_dir:
+            pipe, other = context.Pipe()
+            process = context.Process(target=draw_epoch, args=(other, args.data_dir, image_size, cache_dir))
+            process.start()
+            size, start, anonymous, mapped = pipe.recv()
+            process.join()
+        print(
+            f"{image_size} pixels: the set has {size:,.0f} MB; anonymous {start:,.0f} MB before an epoch of batches, "
+            f"{anonymous:,.0f} MB after it; file {mapped:,.0f} MB"
+        )
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,47 @@
+"""Does training in bfloat16 cost accuracy? The same epochs in bf16 and fp32, three seeds each, by the command line.
+
+    python -m benchmarks.precision --data-dir fer2013 --arch cnn4_bn --epochs 3
+"""
+
+import csv
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from benchmarks import REPO, check_data_dir
+from predict_emotion import ArgumentParser, run_script
+
+
+def val_accuracy(args, precision: str, seed: int) -> float:
+    """Percent on validation after the last epoch."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, REPO / "train_emotion_cnn.py", "--precision", precision, "--seed", seed]
+        command += ["--data-dir", args.data_dir, "--arch", args.arch, "--epochs", args.epochs, "--output-dir", folder]
+        subprocess.run([str(part) for part in command], check=True, stdout=subprocess.DEVNULL)
+        with open(Path(folder) / "training_history.csv", encoding="utf-8") as file:
+            return 100 * float(list(csv.DictReader(file))[-1]["val_acc"])
+
+
+def main() -> None:
+    parser = ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--data-dir", metavar="DIR", default=".", help="holds train/ (default: .)")
+    parser.add_argument("--arch", default="cnn4_bn", help="(default: cnn4_bn)")
+    parser.add_argument("--epochs", type=int, default=3, help="(default: 3)")
+    parser.add_argument("--seeds", type=int, default=3, help="how many (default: 3)")
+    args = parser.parse_args()
+    check_data_dir(args.data_dir)
+    print(f"{args.arch}, {args.epochs} epochs, validation accuracy after the last, {args.seeds} seeds")
+    means = {}
+    for precision in ("bf16", "fp32"):
+        found = [val_accuracy(args, precision, seed) for seed in range(args.seeds)]
+        means[precision] = statistics.mean(found)
+        spread = statistics.stdev(found) if len(found) > 1 else 0.0
+        each = ", ".join(f"{value:.2f}" for value in found)
+        print(f"{precision}: mean {means[precision]:.2f}%, standard deviation {spread:.2f} ({each})", flush=True)
+    print(f"bf16 - fp32: {means['bf16'] - means['fp32']:+.2f} points")
+
+
+if __name__ == "__main__":
+    run_script(main)

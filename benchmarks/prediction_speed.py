@@ -1,0 +1,115 @@
+"""How fast pictures are answered: one at a time from Python, a folder from the command line, and the start-up.
+
+    python -m benchmarks.prediction_speed --data-dir fer2013
+
+The networks have random weights, which cost the same as trained ones.
+
+predict_image   one JPEG of 48x48 pixels, network loaded, median of 500 calls; forward: the network's share of it
+difference      the largest between probabilities of a picture alone and in a batch of 64
+folder          predict_emotion.py over a folder of 10,000 pictures, start-up taken off, as a share of the rate of
+                forward passes alone on pictures that are ready in memory
+start           predict_emotion.py with one picture, against `python -c "import torch, PIL.Image"`, medians
+"""
+
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from benchmarks import REPO, check_data_dir
+from checkpoints import make_checkpoint, save_checkpoint
+from data import read_image, walk_pictures
+from engine import set_up_process
+from models import create_model
+from predict_emotion import ArgumentParser, load_model, predict_image, predict_probs, run_script
+
+ARCHS = ("cnn6_bn", "cnn6_rgb", "cnn4_bn", "cnn4")
+CLASSES = ["angry", "disgust", "fear", "happy", "neutral", "sad", "surprise"]
+
+
+def median_ms(function, times: int) -> float:
+    seconds = []
+    for _ in range(times):
+        start = time.perf_counter()
+        function()
+        seconds.append(time.perf_counter() - start)
+    return 1000 * statistics.median(seconds)
+
+
+def wall_seconds(*command: str) -> float:
+    start = time.perf_counter()
+    subprocess.run([sys.executable, *command], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, cwd=REPO)
+    return time.perf_counter() - start
+
+
+def fill_folder(folder: Path, data_dir: Path, count: int) -> list[str]:
+    """Copies of the pictures below `data_dir`/train, again from the first where they are too few."""
+    found = [Path(entry.path) for entry in walk_pictures(data_dir / "train")]
+    paths = [folder / f"{number:05d}{found[number % len(found)].suffix}" for number in range(count)]
+    for number, path in enumerate(paths):
+        shutil.copyfile(found[number % len(found)], path)
+    return [str(path) for path in paths]
+
+
+def measure(arch: str, folder: Path, paths: list[str], rounds: int) -> str:
+    checkpoint = folder.parent / f"{arch}.pth"
+    model = create_model(arch, len(CLASSES))
+    options = {"trained_on": "nothing", "epoch": 0, "metrics": {}, "config": {}}
+    save_checkpoint(make_checkpoint(model, CLASSES, **options), checkpoint)
+    model, class_names = load_model(checkpoint, "cpu")
+    jpeg = folder.parent / "face.jpg"
+    Image.open(paths[0]).convert("L").resize((48, 48)).save(jpeg, quality=90)
+    pixels = torch.stack([torch.tensor(read_image(path, model.input_spec)) for path in paths[:64]])
+    together = predict_probs(model, pixels)
+    alone = torch.cat([predict_probs(model, picture[None]) for picture in pixels])
+    one = median_ms(lambda: predict_image(model, jpeg, class_names), 500)
+    forward = median_ms(lambda: predict_probs(model, pixels[:1]), 500)
+    script = ("predict_emotion.py", "--device", "cpu", "--checkpoint", str(checkpoint))
+    ready, through = [], []
+    for _ in range(rounds):
+        ready.append(len(pixels) / median_ms(lambda: predict_probs(model, pixels), 20) * 1000)
+        through.append(len(paths) / (wall_seconds(*script, str(folder)) - wall_seconds(*script, str(jpeg))))
+    rate, whole = statistics.median(ready), statistics.median(through)
+    return (
+        f"| `{arch}` | {one:.2f} ms | {forward:.2f} ms | {(together - alone).abs().max():.0e} | {rate:,.0f} | "
+        f"{whole:,.0f} | {whole / rate:.2f} |"
+    )
+
+
+def main() -> None:
+    parser = ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--data-dir", metavar="DIR", default=".", help="its train/ lends the pictures (default: .)")
+    parser.add_argument("--arch", nargs="+", default=ARCHS, help=f"(default: {' '.join(ARCHS)})")
+    parser.add_argument("--pictures", type=int, default=10_000, help="in the folder (default: 10000)")
+    parser.add_argument("--rounds", type=int, default=3, help="the median is printed (default: 3)")
+    args = parser.parse_args()
+    check_data_dir(args.data_dir)
+    set_up_process()
+    print(f"{torch.get_num_threads()} threads, torch {torch.__version__}, float32")
+    print(
+        "| arch | predict_image | forward | difference | forward img/s, batch 64 | folder img/s | folder / forward |\n|"
+        + " --- |" * 7
+    )
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary) / "pictures"
+        folder.mkdir()
+        paths = fill_folder(folder, Path(args.data_dir), args.pictures)
+        for arch in args.arch:
+            print(measure(arch, folder, paths, args.rounds), flush=True)
+        script = ("predict_emotion.py", paths[0], "--device", "cpu", "--checkpoint", f"{temporary}/{args.arch[0]}.pth")
+        starts, imports = [], []
+        for _ in range(2 * args.rounds + 1):
+            starts.append(wall_seconds(*script))
+            imports.append(wall_seconds("-c", "import torch, PIL.Image"))
+    start, least = statistics.median(starts), statistics.median(imports)
+    print(f"\nstart: {start:.2f} s, importing torch and PIL alone: {least:.2f} s, ratio {start / least:.2f}")
+
+
+if __name__ == "__main__":
+    run_script(main)

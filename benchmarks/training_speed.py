@@ -1,0 +1,325 @@
+"""Images per second of training: the plain way, our loop, and our step alone, side by side on the same pictures.
+
+    python -m benchmarks.training_speed --data-dir fer2013
+    python -m benchmarks.training_speed --data-dir fer2013 --arch cnn4_bn --batch-size 1024      # on a GPU
+
+plain   what tutorials show: ImageFolder, a PIL transform per picture, a DataLoader, float32, loss.item() every step
+ours    the training part of train_emotion_cnn.py: batches, transfer, augmentation, step, running metrics
+step    our step alone, on one batch that is ready on the device
+
+Network, pictures, batch size, kinds of augmentation, optimiser and threads are the same for all three. Each runs in a
+process of its own, so that none inherits another's settings, and they take turns; figures are medians over rounds.
+The plain way gets whatever number of workers is fastest for it, and its queue is full before the clock starts.
+"""
+
+import argparse
+import multiprocessing
+import os
+import platform
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+from torchvision import datasets, transforms
+
+from augment import Strengths, parse_augment
+from benchmarks import check_data_dir
+from engine import PRECISIONS, pick_device, pick_precision, set_up_process, train_one_epoch
+from models import Dropout, InputSpec, create_model, get_arch, input_spec_for, train_mode
+from predict_emotion import ArgumentParser, run_script
+from splits import draw_order, load_splits
+from train_emotion_cnn import settle, to_config
+from training_run import Run
+
+ARCHS = ("cnn6_bn", "cnn6_rgb", "cnn4_bn", "cnn4", "mobilenet_v2")
+FER2013 = 28_709  # training pictures
+MATMUL = 4096
+
+
+def synchronise(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+# The plain way
+
+
+def plain_transform(spec: InputSpec, strengths: Strengths) -> transforms.Compose:
+    """The same kinds of augmentation from torchvision, a picture at a time."""
+    size = spec.image_size
+    steps = [transforms.Grayscale()] if spec.channels == 1 else []
+    if strengths.crop < 1:
+        steps.append(transforms.RandomResizedCrop(size, scale=(strengths.crop, 1), ratio=(3 / 4, 4 / 3)))
+    else:
+        steps.append(transforms.Resize((size, size)))
+    if strengths.flip:
+        steps.append(transforms.RandomHorizontalFlip(strengths.flip))
+    if strengths.translate or strengths.scale:
+        zoom = (1 - strengths.scale, 1 + strengths.scale)
+        steps.append(transforms.RandomAffine(strengths.rotation, (strengths.translate,) * 2, zoom))
+    elif strengths.rotation:
+        steps.append(transforms.RandomRotation(strengths.rotation))
+    if strengths.brightness or strengths.contrast:
+        steps.append(transforms.ColorJitter(strengths.brightness, strengths.contrast))
+    steps += [transforms.ToTensor(), transforms.Normalize(spec.mean, spec.std)]
+    return transforms.Compose(steps + [transforms.RandomErasing(strengths.erase)] * (strengths.erase > 0))
+
+
+def make_plain(settings: dict, workers: int, device: torch.device):
+    """A function that trains so many batches the plain way and returns the seconds."""
+    spec = input_spec_for(settings["arch"], settings["image_size"])
+    transform = plain_transform(spec, parse_augment(settings["augment"]))
+    dataset = datasets.ImageFolder(Path(settings["data_dir"]) / "train", transform)
+    loader = torch.utils.data.DataLoader(
+        dataset,
+        settings["batch_size"],
+        shuffle=True,
+        drop_last=len(dataset) >= settings["batch_size"],
+        num_workers=workers,
+        pin_memory=device.type == "cuda",
+    )
+    model = create_model(settings["arch"], len(dataset.classes), image_size=spec.image_size).to(device).train()
+    for module in model.modules():
+        if isinstance(module, Dropout):
+            module.__class__ = nn.Dropout
+    criterion = nn.CrossEntropyLoss()
+    kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}[settings["optimizer"]]
+    optimizer = kind(model.parameters(), lr=settings["lr"], weight_decay=settings["weight_decay"])
+
+    def endless():
+        while True:
+            yield from loader
+
+    batches = endless()
+    for _ in range(2 * workers + 1):
+        next(batches)
+    time.sleep(2 if workers else 0)
+
+    def run(steps: int) -> float:
+        synchronise(device)
+        start, running_loss, correct = time.perf_counter(), 0.0, 0
+        for _ in range(steps):
+            inputs, labels = next(batches)
+            inputs, labels = inputs.to(device), labels.to(device)
+            optimizer.zero_grad()
+            outputs = model(inputs)
+            loss = criterion(outputs, labels)
+            loss.backward()
+            optimizer.step()
+            running_loss += loss.item()
+            correct += (outputs.argmax(1) == labels).sum().item()
+        synchronise(device)
+        return time.perf_counter() - start
+
+    return run
+
+
+# Ours
+
+
+def make_run(settings: dict, device: torch.device) -> Run:
+    spec = input_spec_for(settings["arch"], settings["image_size"])
+    splits = load_splits(settings["data_dir"], spec, device, val_fraction=settings["val_fraction"], seed=0)
+    run = Run(settings, to_config(settings), splits, device, is_resumed=False)
+    train_mode(run.model)
+    return run
+
+
+def make_ours(settings: dict, _, device: torch.device):
+    run = make_run(settings, device)
+    train, size = run.splits.train, settings["batch_size"]
+
+    def measure(steps: int) -> float:
+        epochs = 1 + steps * size // len(train)
+        order = torch.cat([draw_order(train.labels, balanced=False, generator=None) for _ in range(epochs)])
+        order = order[: steps * size]
+        synchronise(device)
+        start = time.perf_counter()
+        train_one_epoch(run.step, train.iterate(size, order), total=len(order))
+        synchronise(device)
+        return time.perf_counter() - start
+
+    return measure
+
+
+def make_step(settings: dict, _, device: torch.device):
+    run = make_run(settings, device)
+    images, labels = next(run.splits.train.iterate(settings["batch_size"]))
+    inputs = run.step.prepare(images)
+    run.step.prepare = lambda inputs: inputs
+
+    def measure(steps: int) -> float:
+        synchronise(device)
+        start = time.perf_counter()
+        for _ in range(steps):
+            run.step(inputs, labels)
+        synchronise(device)
+        return time.perf_counter() - start
+
+    return measure
+
+
+def measure_saving(settings: dict, device: torch.device) -> float:
+    """Seconds to write both checkpoints and the history, as after an epoch that was the best so far."""
+    with tempfile.TemporaryDirectory() as folder:
+        run = make_run({**settings, "output_dir": folder}, device)
+        run.step(*next(run.splits.train.iterate(settings["batch_size"])))
+        names = ("epoch", "lr", "train_loss", "train_acc", "val_loss", "val_acc", "images_per_s", "seconds")
+        run.history = [dict.fromkeys(names, 0.5)] * 2
+        seconds = []
+        for _ in range(5):
+            start = time.perf_counter()
+            run.save(is_best=True)
+            seconds.append(time.perf_counter() - start)
+        return statistics.median(seconds)
+
+
+# The comparison
+
+
+class Contestant:
+    """A way to train, in its own process: `rate(steps)` is its images per second over so many batches."""
+
+    def __init__(self, make, settings: dict, workers: int = 0):
+        context = multiprocessing.get_context("spawn")
+        self.batch_size, self.workers = settings["batch_size"], workers
+        self.pipe, other = context.Pipe()
+        self.process = context.Process(target=_serve, args=(other, make, settings, workers))
+        self.process.start()
+        other.close()
+        self._measure(1)
+
+    def _measure(self, steps: int) -> float:
+        self.pipe.send(steps)
+        return self.pipe.recv()
+
+    def rate(self, seconds: float, rounds: int = 1) -> list[float]:
+        steps = max(2, round(seconds / self._measure(1)))
+        return [steps * self.batch_size / self._measure(steps) for _ in range(rounds)]
+
+    def stop(self) -> None:
+        self.pipe.send(None)
+        self.process.join()
+
+
+def _serve(pipe, make, settings: dict, workers: int) -> None:
+    if make is not make_plain:
+        set_up_process()
+    measure = make(settings, workers, pick_device(settings["device"]))
+    while steps := pipe.recv():
+        pipe.send(measure(steps))
+
+
+def fastest_plain(settings: dict, seconds: float, most_workers: int) -> Contestant:
+    """The plain way with each number of workers up to the number of CPUs; the fastest goes on."""
+    best, best_rate = None, 0.0
+    for workers in sorted({0, 1, 2, most_workers // 2, most_workers}):
+        if workers > most_workers:
+            continue
+        found = Contestant(make_plain, settings, workers)
+        rate = found.rate(seconds)[0]
+        if rate > best_rate:
+            if best:
+                best.stop()
+            best, best_rate = found, rate
+        else:
+            found.stop()
+    return best
+
+
+def matmul_rate(precision: torch.dtype, device: torch.device) -> float:
+    """Arithmetic operations per second of a square matrix product."""
+    a = torch.randn(MATMUL, MATMUL, device=device).to(precision)
+    seconds = []
+    for _ in range(4):
+        synchronise(device)
+        start = time.perf_counter()
+        a @ a
+        synchronise(device)
+        seconds.append(time.perf_counter() - start)
+    return 2 * MATMUL**3 / min(seconds[1:])
+
+
+def count_operations(settings: dict, device: torch.device) -> float:
+    """Arithmetic operations of one training step, for each picture; a multiply-add counts as two."""
+    run = make_run(settings, device)
+    batch = next(run.splits.train.iterate(settings["batch_size"]))
+    with FlopCounterMode(display=False) as counter:
+        run.step(*batch)
+    return counter.get_total_flops() / len(batch[1])
+
+
+def compare(settings: dict, args: argparse.Namespace, device: torch.device) -> str:
+    """A row of the table."""
+    precision = pick_precision(settings["precision"], device)
+    plain = fastest_plain(settings, args.seconds / 2, args.workers)
+    ways = {"plain": plain, "ours": Contestant(make_ours, settings), "step": Contestant(make_step, settings)}
+    rates = {name: [] for name in (*ways, "matmul")}
+    for _ in range(args.rounds):
+        for name, way in ways.items():
+            rates[name] += way.rate(args.seconds)
+        rates["matmul"].append(matmul_rate(precision, device))
+    for way in ways.values():
+        way.stop()
+    a, b, c, product = (statistics.median(rates[name]) for name in rates)
+    share = b * count_operations(settings, device) / product
+    saving = measure_saving(settings, device) / (FER2013 / b)
+    return (
+        f"| `{settings['arch']}` | {settings['image_size']} | {settings['batch_size']} | {a:,.0f} ({plain.workers}) | "
+        f"{b:,.0f} | {c:,.0f} | {b / a:.2f} | {b / c:.3f} | {100 * share:.0f}% | {FER2013 / b:,.1f} | "
+        f"{100 * saving:.1f}% |"
+    )
+
+
+def describe(device: torch.device, precision: str) -> str:
+    cpu = platform.processor() or platform.machine()
+    if os.path.exists("/proc/cpuinfo"):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        cpu = next((line.partition(": ")[2] for line in lines if line.startswith("model name")), cpu)
+    units = [name for name in ("amx_bf16", "avx512_bf16") if torch.cpu.get_capabilities().get(name)]
+    gpu = f", {torch.cuda.get_device_name(device)}" if device.type == "cuda" else ""
+    return (
+        f"{cpu}, {os.cpu_count()} CPUs, {torch.get_num_threads()} threads, {' '.join(units) or 'no bf16 units'}{gpu}; "
+        f"torch {torch.__version__}; ours in {str(pick_precision(precision, device)).removeprefix('torch.')}"
+    )
+
+
+def get_args_parser() -> ArgumentParser:
+    parser = ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--data-dir", metavar="DIR", default=".", help="its train/ is used (default: .)")
+    parser.add_argument("--arch", nargs="+", default=ARCHS, help=f"(default: {' '.join(ARCHS)})")
+    parser.add_argument("--image-size", type=int, default=96, help="of backbones (default: 96)")
+    parser.add_argument("--batch-size", type=int, help="(default: the recipe's)")
+    parser.add_argument("--rounds", type=int, default=5, help="the median is printed (default: 5)")
+    parser.add_argument("--seconds", type=float, default=4.0, help="of each round, about (default: 4)")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="at most, for the plain way")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--precision", choices=PRECISIONS, default="auto", help="of ours (default: auto)")
+    return parser
+
+
+def main() -> None:
+    args = get_args_parser().parse_args()
+    check_data_dir(args.data_dir)
+    device = pick_device(args.device)
+    print(f"{describe(device, args.precision)}; {args.rounds} rounds of about {args.seconds:g} s, median")
+    print(
+        "| arch | pixels | batch | plain img/s (workers) | ours img/s | step img/s | ours / plain | ours / step | "
+        "of matrix product | s per FER2013 epoch | saving |\n|" + " --- |" * 11
+    )
+    for arch in args.arch:
+        given = {"arch": arch, "data_dir": args.data_dir, "device": args.device, "precision": args.precision}
+        if get_arch(arch).is_backbone:
+            given |= {"image_size": args.image_size, "pretrained": False}
+        if args.batch_size:
+            given["batch_size"] = args.batch_size
+        settings, _ = settle(given)
+        print(compare(settings, args, device), flush=True)
+
+
+if __name__ == "__main__":
+    run_script(main)
