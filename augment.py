@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch.nn import functional as F
 
-from data import normalise
+from decoding import normalise
 from models import InputError, InputSpec
 
 

@@ -1,7 +1,7 @@
 """The loops: one training step, one epoch, evaluation; EMA, schedules, device and precision.
 
-Nothing here knows about files or networks: pictures come as batches (uint8 images, int64 labels) and a function
-`prepare` turns images into what the network eats.
+Nothing here knows about pictures' files or about networks: pictures come as batches (uint8 images, int64 labels), and
+a function `prepare` turns images into what the network eats.
 """
 
 import contextlib
@@ -57,22 +57,24 @@ def _has_bf16(device: torch.device) -> bool:
     return False
 
 
-def set_up_process() -> None:
-    """Settings of the whole process that make the loops fast; for scripts to call first.
+def limit_threads() -> None:
+    """Keeps torch to the CPUs that a container (cgroup v2) may use; more threads stand in each other's way."""
+    with contextlib.suppress(OSError, ValueError):  # no such cgroup
+        limit = cpu_limit(Path("/sys/fs/cgroup/cpu.max").read_text())
+        if limit and "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(min(torch.get_num_threads(), limit))
 
-    A container's share of the CPUs bounds the threads, which would else stand in each other's way. glibc keeps what
-    is freed: by default it returns large blocks to the system and fetches them anew, page by page, at every step,
-    which costs a tenth to a quarter of a step on a CPU. cuDNN tries out which of its convolutions is fastest.
+
+def keep_freed_memory() -> None:
+    """Lets glibc keep what is freed, for the whole process; does nothing with another C library.
+
+    By default it returns large blocks to the system and fetches them anew, page by page, at every step: a tenth
+    (cnn6_bn) to a quarter (cnn4_bn) of a step on two cores.
     """
-    limit = Path("/sys/fs/cgroup/cpu.max")
-    if limit.exists() and "OMP_NUM_THREADS" not in os.environ:
-        threads = torch.get_num_threads()
-        torch.set_num_threads(min(threads, cpu_limit(limit.read_text()) or threads))
-    with contextlib.suppress(OSError, AttributeError, TypeError):  # another C library
+    with contextlib.suppress(OSError, AttributeError, TypeError):
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-4, 0)  # M_MMAP_MAX: no block is mapped on its own
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: the top of the heap stays
-    torch.backends.cudnn.benchmark = True
 
 
 def cpu_limit(text: str) -> int | None:

@@ -15,7 +15,8 @@ import numpy as np
 
 import reports
 from checkpoints import read_checkpoint, replace_file
-from data import FolderImages, to_input
+from data import FolderImages
+from decoding import to_input
 from engine import PRECISIONS, evaluate, pick_precision
 from models import InputError, printable
 from predict_emotion import ArgumentParser, find_checkpoint, make_output_dir, prepare_model, run_script

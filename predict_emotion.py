@@ -23,8 +23,9 @@ import torch
 from torch import nn
 
 from checkpoints import BEST_NAME, build_model, read_checkpoint, replace_file
-from data import SAMPLE_SET, find_classes, in_chunks, read_image, to_input, walk_pictures
-from engine import memory_format, pick_device, set_up_process
+from data import SAMPLE_SET, find_classes, walk_pictures
+from decoding import in_chunks, read_image, to_input
+from engine import keep_freed_memory, limit_threads, memory_format, pick_device
 from models import InputError, InputSpec, count_parameters, printable
 
 BUNDLED = Path(__file__).resolve().parent / "weights" / "emotion_model.pth"
@@ -113,23 +114,33 @@ def _decode_ahead(
     A picture that can't be read goes to `on_error(source, message)` and is left out; None raises instead.
     """
 
-    def decode(chunk: list) -> tuple[np.ndarray | None, list, list[tuple[object, str]]]:
-        pixels, good, bad = [], [], []
+    def decode(chunk: list) -> list:
+        results = []
         for source in chunk:
             try:
-                pixels.append(read_image(source, spec))
-                good.append(source)
+                results.append((source, read_image(source, spec)))
             except InputError as error:
                 if on_error is None:
                     raise
-                bad.append((source, str(error)))
-        return np.stack(pixels) if pixels else None, good, bad
+                results.append((source, str(error)))
+        return results
 
-    for _, (pixels, good, bad) in in_chunks(sources, decode, batch_size):
-        for source, message in bad:
-            on_error(source, message)
-        if good:
-            yield torch.from_numpy(pixels), good
+    waiting = []
+    for _, results in in_chunks(sources, decode, 8, ahead=2 * batch_size):
+        for source, result in results:
+            if isinstance(result, str):
+                on_error(source, result)
+            else:
+                waiting.append((source, result))
+        while len(waiting) >= batch_size:
+            yield _to_batch(waiting[:batch_size])
+            del waiting[:batch_size]
+    if waiting:
+        yield _to_batch(waiting)
+
+
+def _to_batch(pairs: list[tuple[object, np.ndarray]]) -> tuple[torch.Tensor, list]:
+    return torch.from_numpy(np.stack([pixels for _, pixels in pairs])), [source for source, _ in pairs]
 
 
 # The command line
@@ -137,7 +148,8 @@ def _decode_ahead(
 
 def run_script(main: Callable[[], int | None]) -> None:
     """Runs a script's `main`: exit code 2 and one line for the user's mistakes, 130 for Ctrl-C."""
-    set_up_process()
+    limit_threads()
+    keep_freed_memory()
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # notebooks have streams of their own
             stream.reconfigure(errors="replace")  # a terminal that can't show a bar or a name still shows the rest

@@ -21,7 +21,7 @@ from checkpoints import (
     replace_file,
     save_checkpoint,
 )
-from data import to_input
+from decoding import to_input
 from engine import (
     Ema,
     TrainStep,
@@ -64,6 +64,7 @@ class Run:
 
     def __init__(self, settings: dict, config: dict, splits: Splits, device: torch.device, *, is_resumed: bool):
         self.settings, self.config, self.splits, self.device, self.notes = settings, config, splits, device, []
+        torch.backends.cudnn.benchmark = True  # tries which convolutions are fastest; every batch has the same shape
         self.output_dir, self.is_resumed = Path(settings["output_dir"]), is_resumed
         self.model = self._make_model()
         self.generator = torch.Generator(device)

@@ -17,7 +17,8 @@ from pathlib import Path
 import torch
 
 from benchmarks import REPO, check_data_dir
-from models import InputSpec
+from engine import keep_freed_memory
+from models import InputError, InputSpec
 from predict_emotion import ArgumentParser, run_script
 from splits import draw_order, load_splits
 
@@ -25,7 +26,7 @@ from splits import draw_order, load_splits
 def read_memory(process: int | str = "self") -> dict[str, float]:
     """MB of a running process: VmHWM (peak resident), VmRSS (resident), RssAnon (anonymous), RssFile (of files)."""
     text = Path(f"/proc/{process}/status").read_text()
-    return {name: int(value) / 1024 for name, value in re.findall(r"(Vm\w+|Rss\w+):\s+(\d+) kB", text)}
+    return {name: int(value) * 1024 / 1e6 for name, value in re.findall(r"(Vm\w+|Rss\w+):\s+(\d+) kB", text)}
 
 
 def watch_training(data_dir: str, arch: str, epochs: int) -> None:
@@ -37,17 +38,20 @@ def watch_training(data_dir: str, arch: str, epochs: int) -> None:
                 if line.startswith("epoch "):
                     memory = read_memory(process.pid)
                     print(f"{line.split('  ')[0]}: resident {memory['VmRSS']:,.0f} MB, peak {memory['VmHWM']:,.0f} MB")
+        if process.returncode:
+            raise InputError("training has stopped; its message stands above")
 
 
 def draw_epoch(pipe, data_dir: str, image_size: int, cache_dir: str) -> None:
+    keep_freed_memory()
     options = {"val_fraction": 0.1, "seed": 0, "cache_dir": cache_dir}
     train = load_splits(data_dir, InputSpec(image_size), torch.device("cpu"), **options).train
-    pixels, checksum = len(train) * image_size**2, 0
+    checksum, size = 0, len(train) * image_size**2
     start = read_memory()["RssAnon"]
     for images, _ in train.iterate(64, draw_order(train.labels, balanced=False, generator=None)):
         checksum += int(images[0, 0, 0, 0])
     memory = read_memory()
-    pipe.send((pixels / 2**20, start, memory["RssAnon"], memory["RssFile"]))
+    pipe.send((size / 1e6, start, memory["RssAnon"], memory["RssFile"]))
 
 
 def main() -> None:
@@ -65,7 +69,11 @@ def main() -> None:
             pipe, other = context.Pipe()
             process = context.Process(target=draw_epoch, args=(other, args.data_dir, image_size, cache_dir))
             process.start()
-            size, start, anonymous, mapped = pipe.recv()
+            other.close()
+            try:
+                size, start, anonymous, mapped = pipe.recv()
+            except EOFError:
+                raise InputError(f"drawing batches at {image_size} pixels has stopped; see above") from None
             process.join()
         print(
             f"{image_size} pixels: the set has {size:,.0f} MB; anonymous {start:,.0f} MB before an epoch of batches, "

@@ -11,6 +11,7 @@ import tempfile
 from pathlib import Path
 
 from benchmarks import REPO, check_data_dir
+from models import InputError
 from predict_emotion import ArgumentParser, run_script
 
 
@@ -19,7 +20,8 @@ def val_accuracy(args, precision: str, seed: int) -> float:
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, REPO / "train_emotion_cnn.py", "--precision", precision, "--seed", seed]
         command += ["--data-dir", args.data_dir, "--arch", args.arch, "--epochs", args.epochs, "--output-dir", folder]
-        subprocess.run([str(part) for part in command], check=True, stdout=subprocess.DEVNULL)
+        if subprocess.run([str(part) for part in command], stdout=subprocess.DEVNULL).returncode:
+            raise InputError("training has stopped; its message stands above")
         with open(Path(folder) / "training_history.csv", encoding="utf-8") as file:
             return 100 * float(list(csv.DictReader(file))[-1]["val_acc"])
 

@@ -9,15 +9,17 @@ step    our step alone, on one batch that is ready on the device
 
 Network, pictures, batch size, kinds of augmentation, optimiser and threads are the same for all three. Each runs in a
 process of its own, so that none inherits another's settings, and they take turns; figures are medians over rounds,
-ratios the medians of each round's ratio, since a machine's clock drifts.
-The plain way gets whatever number of workers is fastest for it, and its queue is full before the clock starts.
+ratios the medians of each round's ratio, since a machine's clock drifts. The plain way gets whatever number of workers
+is fastest for it, and is timed in its steady state, when its workers' queue is neither filled nor emptied.
 """
 
 import argparse
+import contextlib
 import multiprocessing
 import os
 import platform
 import statistics
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -29,8 +31,8 @@ from torchvision import datasets, transforms
 
 from augment import Strengths, parse_augment
 from benchmarks import check_data_dir
-from engine import PRECISIONS, pick_device, pick_precision, set_up_process, train_one_epoch
-from models import Dropout, InputSpec, create_model, get_arch, input_spec_for, train_mode
+from engine import PRECISIONS, keep_freed_memory, limit_threads, pick_device, pick_precision, train_one_epoch
+from models import Dropout, InputError, InputSpec, create_model, get_arch, input_spec_for, train_mode
 from predict_emotion import ArgumentParser, run_script
 from splits import draw_order, load_splits
 from train_emotion_cnn import settle, to_config
@@ -44,6 +46,11 @@ MATMUL = 4096
 def synchronise(device: torch.device) -> None:
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
+
+
+def check_count(count: int, settings: dict) -> None:
+    if count < settings["batch_size"]:
+        raise InputError(f"{count} pictures don't fill a batch of {settings['batch_size']}; pass a smaller --batch-size")
 
 
 # The plain way
@@ -75,13 +82,15 @@ def make_plain(settings: dict, workers: int, device: torch.device):
     spec = input_spec_for(settings["arch"], settings["image_size"])
     transform = plain_transform(spec, parse_augment(settings["augment"]))
     dataset = datasets.ImageFolder(Path(settings["data_dir"]) / "train", transform)
+    check_count(len(dataset), settings)
     loader = torch.utils.data.DataLoader(
         dataset,
         settings["batch_size"],
         shuffle=True,
-        drop_last=len(dataset) >= settings["batch_size"],
+        drop_last=True,
         num_workers=workers,
         pin_memory=device.type == "cuda",
+        persistent_workers=workers > 0,
     )
     model = create_model(settings["arch"], len(dataset.classes), image_size=spec.image_size).to(device).train()
     for module in model.modules():
@@ -96,11 +105,14 @@ def make_plain(settings: dict, workers: int, device: torch.device):
             yield from loader
 
     batches = endless()
-    for _ in range(2 * workers + 1):
-        next(batches)
-    time.sleep(2 if workers else 0)
 
-    def run(steps: int) -> float:
+    def measure(steps: int) -> float:
+        train(2 * workers)  # what the workers have prepared while the others ran
+        seconds = train(steps)
+        time.sleep(2 * workers * seconds / steps)  # until they have done so again, not while the others run
+        return seconds
+
+    def train(steps: int) -> float:
         synchronise(device)
         start, running_loss, correct = time.perf_counter(), 0.0, 0
         for _ in range(steps):
@@ -116,7 +128,7 @@ def make_plain(settings: dict, workers: int, device: torch.device):
         synchronise(device)
         return time.perf_counter() - start
 
-    return run
+    return measure
 
 
 # Ours
@@ -125,6 +137,7 @@ def make_plain(settings: dict, workers: int, device: torch.device):
 def make_run(settings: dict, device: torch.device) -> Run:
     spec = input_spec_for(settings["arch"], settings["image_size"])
     splits = load_splits(settings["data_dir"], spec, device, val_fraction=settings["val_fraction"], seed=0)
+    check_count(len(splits.train), settings)
     run = Run(settings, to_config(settings), splits, device, is_resumed=False)
     train_mode(run.model)
     return run
@@ -166,7 +179,7 @@ def make_step(settings: dict, _, device: torch.device):
 
 def measure_saving(settings: dict, device: torch.device) -> float:
     """Seconds to write both checkpoints and the history, as after an epoch that was the best so far."""
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(dir=".") as folder:  # where training writes; /tmp may be in memory
         run = make_run({**settings, "output_dir": folder}, device)
         run.step(*next(run.splits.train.iterate(settings["batch_size"])))
         names = ("epoch", "lr", "train_loss", "train_acc", "val_loss", "val_acc", "images_per_s", "seconds")
@@ -183,7 +196,7 @@ def measure_saving(settings: dict, device: torch.device) -> float:
 
 
 class Contestant:
-    """A way to train, in its own process: `rate(steps)` is its images per second over so many batches."""
+    """A way to train, in its own process: `rate(seconds)` is its images per second over about so long."""
 
     def __init__(self, make, settings: dict, workers: int = 0):
         context = multiprocessing.get_context("spawn")
@@ -192,44 +205,48 @@ class Contestant:
         self.process = context.Process(target=_serve, args=(other, make, settings, workers))
         self.process.start()
         other.close()
-        self._measure(1)
+        self._measure(1)  # so that it is ready before another one is timed
 
     def _measure(self, steps: int) -> float:
-        self.pipe.send(steps)
-        return self.pipe.recv()
+        try:
+            self.pipe.send(steps)
+            return self.pipe.recv()
+        except (EOFError, OSError):
+            raise InputError("one of the ways to train has stopped; its message stands above") from None
 
-    def rate(self, seconds: float, rounds: int = 1) -> list[float]:
+    def rate(self, seconds: float) -> float:
         steps = max(2, round(seconds / self._measure(1)))
-        return [steps * self.batch_size / self._measure(steps) for _ in range(rounds)]
+        return steps * self.batch_size / self._measure(steps)
 
-    def stop(self) -> None:
-        self.pipe.send(None)
+    def close(self) -> None:
+        self.process.terminate()  # a DataLoader's workers end with it
         self.process.join()
+        self.pipe.close()
 
 
 def _serve(pipe, make, settings: dict, workers: int) -> None:
+    limit_threads()
     if make is not make_plain:
-        set_up_process()
-    measure = make(settings, workers, pick_device(settings["device"]))
-    while steps := pipe.recv():
-        pipe.send(measure(steps))
+        keep_freed_memory()
+    try:
+        measure = make(settings, workers, pick_device(settings["device"]))
+        while True:
+            pipe.send(measure(pipe.recv()))
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+    except EOFError:  # the parent is gone
+        pass
 
 
-def fastest_plain(settings: dict, seconds: float, most_workers: int) -> Contestant:
-    """The plain way with each number of workers up to the number of CPUs; the fastest goes on."""
-    best, best_rate = None, 0.0
+def fastest_plain(settings: dict, seconds: float, most_workers: int) -> int:
+    """The number of workers, up to `most_workers`, with which the plain way is fastest."""
+    rates = {}
     for workers in sorted({0, 1, 2, most_workers // 2, most_workers}):
-        if workers > most_workers:
-            continue
-        found = Contestant(make_plain, settings, workers)
-        rate = found.rate(seconds)[0]
-        if rate > best_rate:
-            if best:
-                best.stop()
-            best, best_rate = found, rate
-        else:
-            found.stop()
-    return best
+        if workers <= most_workers:
+            with contextlib.closing(Contestant(make_plain, settings, workers)) as plain:
+                plain.rate(seconds)
+                rates[workers] = plain.rate(seconds)
+    return max(rates, key=rates.get)
 
 
 def matmul_rate(precision: torch.dtype, device: torch.device) -> float:
@@ -246,7 +263,10 @@ def matmul_rate(precision: torch.dtype, device: torch.device) -> float:
 
 
 def count_operations(settings: dict) -> float:
-    """Arithmetic operations of training on one picture; a multiply-add is two, backward is twice forward."""
+    """Arithmetic operations of training on one picture: a multiply-add is two, and backward counts twice forward.
+
+    The first layer needs no gradient of its input, so that is up to one percent too much.
+    """
     spec = input_spec_for(settings["arch"], settings["image_size"])
     model = create_model(settings["arch"], 7, image_size=spec.image_size).eval()
     with FlopCounterMode(display=False) as counter, torch.no_grad():
@@ -257,21 +277,22 @@ def count_operations(settings: dict) -> float:
 def compare(settings: dict, args: argparse.Namespace, device: torch.device) -> str:
     """A row of the table."""
     precision = pick_precision(settings["precision"], device)
-    plain = fastest_plain(settings, args.seconds / 2, args.workers)
-    ways = {"plain": plain, "ours": Contestant(make_ours, settings), "step": Contestant(make_step, settings)}
-    rates = {name: [] for name in (*ways, "matmul")}
-    for _ in range(args.rounds):
-        for name, way in ways.items():
-            rates[name] += way.rate(args.seconds)
-        rates["matmul"].append(matmul_rate(precision, device))
-    for way in ways.values():
-        way.stop()
+    workers = fastest_plain(settings, args.seconds, args.workers)
+    rates = {name: [] for name in ("plain", "ours", "step", "matmul")}
+    with contextlib.ExitStack() as stack:
+        ways = {}
+        for name, make in (("plain", make_plain), ("ours", make_ours), ("step", make_step)):
+            ways[name] = stack.enter_context(contextlib.closing(Contestant(make, settings, workers)))
+        for _ in range(args.rounds):
+            for name, way in ways.items():
+                rates[name].append(way.rate(args.seconds))
+            rates["matmul"].append(matmul_rate(precision, device))
     a, b, c, _ = (statistics.median(rates[name]) for name in rates)
     by = {name: statistics.median(x / y for x, y in zip(rates["ours"], rates[name], strict=True)) for name in rates}
     share = by["matmul"] * count_operations(settings)
     saving = measure_saving(settings, device) / (FER2013 / b)
     return (
-        f"| `{settings['arch']}` | {settings['image_size']} | {settings['batch_size']} | {a:,.0f} ({plain.workers}) | "
+        f"| `{settings['arch']}` | {settings['image_size']} | {settings['batch_size']} | {a:,.0f} ({workers}) | "
         f"{b:,.0f} | {c:,.0f} | {by['plain']:.2f} | {by['step']:.3f} | {100 * share:.0f}% | {FER2013 / b:,.1f} | "
         f"{100 * saving:.1f}% |"
     )
@@ -282,7 +303,7 @@ def describe(device: torch.device, precision: str) -> str:
     if os.path.exists("/proc/cpuinfo"):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         cpu = next((line.partition(": ")[2] for line in lines if line.startswith("model name")), cpu)
-    units = [name for name in ("amx_bf16", "avx512_bf16") if torch.cpu.get_capabilities().get(name)]
+    units = [name for name, there in torch.cpu.get_capabilities().items() if there and "bf16" in name]
     gpu = f", {torch.cuda.get_device_name(device)}" if device.type == "cuda" else ""
     return (
         f"{cpu}, {os.cpu_count()} CPUs, {torch.get_num_threads()} threads, {' '.join(units) or 'no bf16 units'}{gpu}; "
@@ -298,7 +319,7 @@ def get_args_parser() -> ArgumentParser:
     parser.add_argument("--batch-size", type=int, help="(default: the recipe's)")
     parser.add_argument("--rounds", type=int, default=9, help="the median is printed (default: 9)")
     parser.add_argument("--seconds", type=float, default=2.0, help="of each round, about (default: 2)")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="at most, for the plain way")
+    parser.add_argument("--workers", type=int, default=torch.get_num_threads(), help="at most, for the plain way")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--precision", choices=PRECISIONS, default="auto", help="of ours (default: auto)")
     return parser

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from augment import PRESETS, Strengths, affine_matrices, augment, parse_augment
-from data import to_input
+from decoding import to_input
 from models import InputError, InputSpec
 
 GRAY = InputSpec(image_size=24)

@@ -51,6 +51,12 @@ def test_precision(pictures):
     assert "bf16 - fp32" in done.stdout.splitlines()[-1]
 
 
+def test_a_mistake_found_in_one_of_the_processes_is_one_line(pictures):
+    done = run("training_speed", "--data-dir", pictures, "--arch", "cnn4", "--workers", 0)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr and "--batch-size" in done.stderr
+
+
 @pytest.mark.parametrize("name", ["training_speed", "prediction_speed", "memory", "precision"])
 def test_a_missing_folder_is_one_line(name, tmp_path):
     done = run(name, "--data-dir", tmp_path / "nothing")

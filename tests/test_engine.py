@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from data import to_input
+from decoding import to_input
 from engine import (
     Ema,
     TrainStep,

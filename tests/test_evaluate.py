@@ -17,7 +17,7 @@ from PIL import Image
 import evaluate_emotion
 import train_emotion_cnn
 from checkpoints import BEST_NAME, save_checkpoint
-from data import read_image
+from decoding import read_image
 from predict_emotion import load_model, predict_probs, run_script
 
 REPO = Path(__file__).resolve().parent.parent

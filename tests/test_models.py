@@ -479,7 +479,8 @@ def test_dropout_follows_the_seed_and_does_nothing_in_evaluation():
     assert torch.equal(masks[0], masks[1]) and not torch.equal(masks[0], masks[2])
     assert torch.equal(layer.eval()(inputs), inputs)
     assert torch.equal(Dropout(0.0)(inputs), inputs)
-    assert Dropout(0.999)(inputs).isfinite().all()
+    assert torch.equal(Dropout(1.0)(inputs), torch.zeros(5, 7))
+    assert set(Dropout(0.5)(inputs.new_ones(9, 9).bfloat16()).unique().tolist()) == {0.0, 2.0}
 
 
 def test_strided_depthwise_convolutions_are_the_same_and_float32_under_autocast():
@@ -491,4 +492,10 @@ def test_strided_depthwise_convolutions_are_the_same_and_float32_under_autocast(
     assert torch.equal(found[0](inputs), expected)
     with torch.autocast("cpu", torch.bfloat16):
         assert nn.Conv2d.forward(found[0], inputs).dtype == torch.bfloat16
-        assert torch.equal(found[0](inputs), expected)
+        outputs = found[0](inputs)
+    assert torch.equal(outputs, expected)
+    outputs.sum().backward()
+    under_autocast = found[0].weight.grad.clone()
+    found[0].weight.grad = None
+    expected.sum().backward()
+    assert torch.equal(under_autocast, found[0].weight.grad)

@@ -18,7 +18,8 @@ from PIL import Image
 import predict_emotion
 from augment import Strengths, augment
 from checkpoints import BEST_NAME, make_checkpoint, save_checkpoint
-from data import SAMPLE_SET, FolderImages, to_input
+from data import SAMPLE_SET, FolderImages
+from decoding import to_input
 from models import InputSpec, create_model
 from predict_emotion import format_bars, load_model, predict_image, predict_images, run_script
 

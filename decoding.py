@@ -1,0 +1,142 @@
+"""Pictures to uint8 arrays, and these to what a network eats. Training, prediction and export all decode here.
+
+    picture = read_image("photo.jpg", InputSpec())              # uint8 (C, H, W)
+    inputs = to_input(torch.from_numpy(picture)[None], InputSpec())     # float32 (1, C, H, W), normalised
+"""
+
+import io
+import os
+import stat
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import torch
+from PIL import ExifTags, Image, ImageOps
+
+from models import InputError, InputSpec, printable
+
+MAX_PIXELS = 100_000_000  # pictures of more are refused before decoding: they would take over 300 MB each
+_GRAY_MODES = {"1", "L", "LA", "La", "I", "I;16", "I;16B", "I;16L", "I;16N"}
+_SMALL_FILE = 5_000  # bytes; measured: two threads decode smaller pictures slower than one
+
+
+def read_image(source, spec: InputSpec) -> np.ndarray:
+    """A picture as uint8 (C, H, W), 0-255, resized to `spec`; C is `spec.stored_channels`.
+
+    `source` is a path, a PIL image, or a uint8 array (H, W, 3) in RGB order or (H, W). EXIF rotation is applied,
+    transparency is laid on white, 16 bits are reduced to 8, an animation counts as its first frame. Raises
+    InputError (a ValueError) with the file's name for whatever can't be decoded in full.
+    """
+    try:
+        return _to_pixels(_open(source), spec, spec.stored_channels)
+    except InputError:
+        raise
+    except Exception as error:  # decoders raise anything from SyntaxError to struct.error on damaged files
+        name = printable(source) if isinstance(source, str | os.PathLike) else "the picture"
+        reason = printable(error).split(" <", 1)[0] if str(error) else type(error).__name__
+        raise InputError(f"can't read {name}: {reason}") from None
+
+
+def _open(source) -> Image.Image:
+    if isinstance(source, Image.Image):
+        if 0 in source.size:
+            raise ValueError("it has no pixels")
+        return source
+    if isinstance(source, np.ndarray):
+        if source.size == 0:
+            raise ValueError("it has no pixels")
+        if source.dtype != np.uint8 or not (source.ndim == 2 or (source.ndim == 3 and source.shape[2] == 3)):
+            raise ValueError(f"an array must be uint8 (H, W, 3) or (H, W), not {source.dtype} {source.shape}")
+        return Image.fromarray(source)
+    info = os.stat(source)
+    if not stat.S_ISREG(info.st_mode):
+        raise ValueError("it is not a regular file")
+    if info.st_size == 0:
+        raise ValueError("the file is empty")
+    with open(source, "rb", buffering=0) as file:
+        image = Image.open(io.BytesIO(file.read()))
+    if image.width * image.height > MAX_PIXELS:
+        raise ValueError(f"{image.width} x {image.height} pixels are more than the {MAX_PIXELS:,} that are allowed")
+    return image
+
+
+def _to_pixels(image: Image.Image, spec: InputSpec, channels: int) -> np.ndarray:
+    image.load()
+    if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+        image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):  # 16 bits, which Pillow's own conversion would clip at 255 instead of scaling
+        pixels = np.asarray(image).astype(np.int64).clip(0, 65535) >> 8
+        image = Image.fromarray(pixels.astype(np.uint8))
+    elif image.mode == "F":
+        raise ValueError("floating-point pixels have no agreed range; save it with 8 bits a channel")
+    elif image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    image = image.convert("L" if channels == 1 else "RGB")
+    if image.size != (spec.image_size, spec.image_size):
+        image = image.resize((spec.image_size, spec.image_size), Image.Resampling.BILINEAR)
+    pixels = np.asarray(image)
+    return pixels[None] if channels == 1 else np.ascontiguousarray(pixels.transpose(2, 0, 1))
+
+
+def normalise(images: torch.Tensor, spec: InputSpec) -> torch.Tensor:
+    """float32 (N, C, H, W) in 0-1 -> what the network eats: normalised, one gray channel expanded to three."""
+    channels = images.unbind(1) * (spec.channels // images.shape[1])
+    # Plain numbers, because a tensor of them would have to be copied to the device for every batch.
+    parts = [(part - mean) / std for part, mean, std in zip(channels, spec.mean, spec.std, strict=True)]
+    return torch.stack(parts, 1) if len(parts) > 1 else parts[0][:, None]
+
+
+def to_input(images: torch.Tensor, spec: InputSpec) -> torch.Tensor:
+    """uint8 (N, C, H, W), 0-255 -> float32 (N, spec.channels, H, W), scaled and normalised."""
+    return normalise(images.float() / 255, spec)
+
+
+# Many at a time
+
+
+def decode_paths(paths: list[str], spec: InputSpec, channels: int) -> list:
+    """For each picture its pixels, or a str that says why it can't be read, or None: it has a colour too many."""
+    results = []
+    for path in paths:
+        try:
+            image = _open(path)
+            if channels < spec.stored_channels and image.mode not in _GRAY_MODES:
+                return [None]
+            results.append(_to_pixels(image, spec, channels))
+        except Exception as error:  # as in read_image
+            results.append(printable(error).split(" <", 1)[0] if str(error) else type(error).__name__)
+    return results
+
+
+def in_chunks(
+    sources: list, decode: Callable[[list], list], size: int, ahead: int = 0
+) -> Iterator[tuple[int, list]]:
+    """Yields (start, decode(sources[start : start + size])) in order; threads decode a few chunks ahead.
+
+    `ahead` is how many sources these are at least: enough to go on while whoever asks is busy.
+    """
+    if len(sources) <= 1:
+        yield from [(0, decode(sources))] * len(sources)
+        return
+    workers = _count_decoders(sources)
+    starts, running = deque(range(0, len(sources), size)), deque()
+    pool = ThreadPoolExecutor(workers)
+    try:
+        while starts or running:
+            while starts and len(running) < max(2 * workers, ahead // size):
+                start = starts.popleft()
+                running.append((start, pool.submit(decode, sources[start : start + size])))
+            start, future = running.popleft()
+            yield start, future.result()
+    finally:
+        pool.shutdown(cancel_futures=True)  # Ctrl-C should not wait for what is queued
+
+
+def _count_decoders(sources: list) -> int:
+    """Threads to decode with: small files spend most of their time in Python, which runs one thread at a time."""
+    paths = [source for source in sources[:: 1 + len(sources) // 100] if isinstance(source, str | os.PathLike)]
+    sizes = [os.path.getsize(path) for path in paths if os.path.isfile(path)]
+    return 1 if sizes and sum(sizes) < _SMALL_FILE * len(sizes) else torch.get_num_threads()
