@@ -50,7 +50,7 @@ def synchronise(device: torch.device) -> None:
 
 def check_count(count: int, settings: dict) -> None:
     if count < settings["batch_size"]:
-        raise InputError(f"{count} pictures don't fill a batch of {settings['batch_size']}; pass a smaller --batch-size")
+        raise InputError(f"{count} pictures fill no batch of {settings['batch_size']}; pass a smaller --batch-size")
 
 
 # The plain way
