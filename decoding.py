@@ -10,6 +10,7 @@ import stat
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import torch
@@ -112,16 +113,17 @@ def decode_paths(paths: list[str], spec: InputSpec, channels: int) -> list:
 
 
 def in_chunks(
-    sources: list, decode: Callable[[list], list], size: int, ahead: int = 0
-) -> Iterator[tuple[int, list]]:
+    sources: list, decode: Callable[[list], Any], size: int, *, ahead: int = 0, workers: int = 0
+) -> Iterator[tuple[int, Any]]:
     """Yields (start, decode(sources[start : start + size])) in order; threads decode a few chunks ahead.
 
-    `ahead` is how many sources these are at least: enough to go on while whoever asks is busy.
+    `ahead` is how many sources these are at least, enough to go on while whoever asks is busy; `workers` how many
+    threads, where it is not left to the size of the files.
     """
     if len(sources) <= 1:
         yield from [(0, decode(sources))] * len(sources)
         return
-    workers = _count_decoders(sources)
+    workers = workers or _count_decoders(sources)
     starts, running = deque(range(0, len(sources), size)), deque()
     pool = ThreadPoolExecutor(workers)
     try:

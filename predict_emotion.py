@@ -16,6 +16,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -114,18 +115,8 @@ def _decode_ahead(
     A picture that can't be read goes to `on_error(source, message)` and is left out; None raises instead.
     """
 
-    def decode(chunk: list) -> list:
-        results = []
-        for source in chunk:
-            try:
-                results.append((source, read_image(source, spec)))
-            except InputError as error:
-                if on_error is None:
-                    raise
-                results.append((source, str(error)))
-        return results
-
     waiting = []
+    decode = partial(_decode, spec=spec, raises=on_error is None)
     for _, results in in_chunks(sources, decode, 8, ahead=2 * batch_size):
         for source, result in results:
             if isinstance(result, str):
@@ -139,8 +130,53 @@ def _decode_ahead(
         yield _to_batch(waiting)
 
 
+def _decode(sources: list, spec: InputSpec, *, raises: bool = False) -> list[tuple[object, np.ndarray | str]]:
+    """(source, its pixels) of each; for one that can't be read the message stands there, unless it is raised."""
+    results = []
+    for source in sources:
+        try:
+            results.append((source, read_image(source, spec)))
+        except InputError as error:
+            if raises:
+                raise
+            results.append((source, str(error)))
+    return results
+
+
 def _to_batch(pairs: list[tuple[object, np.ndarray]]) -> tuple[torch.Tensor, list]:
     return torch.from_numpy(np.stack([pixels for _, pixels in pairs])), [source for source, _ in pairs]
+
+
+def predict_stream(
+    model: nn.Module, sources: list, batch_size: int, on_error: Callable[[object, str], None]
+) -> Iterator[tuple[list, torch.Tensor]]:
+    """Yields (sources, probs) in order, as the pictures are read; for scripts, since it sets torch's threads.
+
+    On the CPU every core takes a share of the batch and works it through on its own, decoding included: with small
+    networks cores that share one batch wait for each other, and for whichever of them decodes.
+    """
+    threads = torch.get_num_threads()
+    if len(sources) == 1 or next(model.parameters()).device.type != "cpu":
+        for pixels, good in _decode_ahead(sources, model.input_spec, batch_size, on_error=on_error):
+            yield good, predict_probs(model, pixels)
+        return
+
+    def work(chunk: list) -> tuple[list, list, torch.Tensor | None]:
+        results = _decode(chunk, model.input_spec)
+        pairs = [pair for pair in results if not isinstance(pair[1], str)]
+        pixels, good = _to_batch(pairs) if pairs else (None, [])
+        bad = [pair for pair in results if isinstance(pair[1], str)]
+        return bad, good, predict_probs(model, pixels) if pairs else None
+
+    torch.set_num_threads(1)  # for the threads that start from here on
+    try:
+        for _, (bad, good, probs) in in_chunks(sources, work, max(1, batch_size // threads), workers=threads):
+            for source, message in bad:
+                on_error(source, message)
+            if good:
+                yield good, probs
+    finally:
+        torch.set_num_threads(threads)
 
 
 # The command line
@@ -293,8 +329,8 @@ def predict_files(model: nn.Module, class_names: list[str], args: argparse.Names
         unreadable.append(message)
         print(f"error: {message}" if is_single else message, file=sys.stderr)
 
-    for pixels, sources in _decode_ahead(paths, model.input_spec, args.batch_size, on_error=on_error):
-        for path, probs in zip(sources, predict_probs(model, pixels), strict=True):
+    for sources, batch in predict_stream(model, paths, args.batch_size, on_error):
+        for path, probs in zip(sources, batch, strict=True):
             prediction = _to_prediction(probs, class_names)
             print_prediction(None if is_single else path, prediction, args.show_all)
             done += 1
