@@ -51,6 +51,8 @@ def _open(source) -> Image.Image:
         if source.dtype != np.uint8 or not (source.ndim == 2 or (source.ndim == 3 and source.shape[2] == 3)):
             raise ValueError(f"an array must be uint8 (H, W, 3) or (H, W), not {source.dtype} {source.shape}")
         return Image.fromarray(source)
+    if not isinstance(source, str | os.PathLike):
+        raise ValueError(f"it is {type(source).__name__}, where a path, a PIL image or a uint8 array was expected")
     info = os.stat(source)
     if not stat.S_ISREG(info.st_mode):
         raise ValueError("it is not a regular file")

@@ -85,6 +85,8 @@ def predict_images(
     model: nn.Module, images: Iterable, class_names: list[str], batch_size: int = 64
 ) -> list[Prediction]:
     """`predict_image` for many pictures, in batches; the same three for each, in the order given."""
+    if isinstance(images, str | os.PathLike | np.ndarray):
+        raise InputError("predict_images takes a list of pictures; for one, call predict_image")
     if len(class_names) != model.num_classes:
         raise InputError(f"the network has {model.num_classes} classes, but class_names has {len(class_names)}")
     predictions = []

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import REPO, check_data_dir
+from benchmarks import REPO, check_inputs, count
 from engine import keep_freed_memory
 from models import InputError, InputSpec
 from predict_emotion import ArgumentParser, run_script
@@ -42,11 +42,11 @@ def watch_training(data_dir: str, arch: str, epochs: int) -> None:
             raise InputError("training has stopped; its message stands above")
 
 
-def draw_epoch(pipe, data_dir: str, image_size: int, cache_dir: str) -> None:
+def draw_epoch(pipe, data_dir: str, spec: InputSpec, cache_dir: str) -> None:
     keep_freed_memory()
     options = {"val_fraction": 0.1, "seed": 0, "cache_dir": cache_dir}
-    train = load_splits(data_dir, InputSpec(image_size), torch.device("cpu"), **options).train
-    checksum, size = 0, len(train) * image_size**2
+    train = load_splits(data_dir, spec, torch.device("cpu"), **options).train
+    checksum, size = 0, len(train) * spec.image_size**2
     start = read_memory()["RssAnon"]
     for images, _ in train.iterate(64, draw_order(train.labels, balanced=False, generator=None)):
         checksum += int(images[0, 0, 0, 0])
@@ -58,26 +58,27 @@ def main() -> None:
     parser = ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--data-dir", metavar="DIR", default=".", help="holds train/ (default: .)")
     parser.add_argument("--arch", default="cnn4_bn", help="(default: cnn4_bn)")
-    parser.add_argument("--epochs", type=int, default=3, help="(default: 3)")
+    parser.add_argument("--epochs", type=count, default=3, help="(default: 3)")
     parser.add_argument("--sizes", type=int, nargs="*", default=[48, 96, 192], help="pixels (default: 48 96 192)")
     args = parser.parse_args()
-    check_data_dir(args.data_dir)
+    check_inputs(args.data_dir, args.arch)
+    specs = [InputSpec(image_size) for image_size in args.sizes]
     watch_training(args.data_dir, args.arch, args.epochs)
     context = multiprocessing.get_context("spawn")
-    for image_size in args.sizes:
+    for spec in specs:
         with tempfile.TemporaryDirectory() as cache_dir:
             pipe, other = context.Pipe()
-            process = context.Process(target=draw_epoch, args=(other, args.data_dir, image_size, cache_dir))
+            process = context.Process(target=draw_epoch, args=(other, args.data_dir, spec, cache_dir))
             process.start()
             other.close()
             try:
                 size, start, anonymous, mapped = pipe.recv()
             except EOFError:
-                raise InputError(f"drawing batches at {image_size} pixels has stopped; see above") from None
+                raise InputError(f"drawing batches at {spec.image_size} pixels has stopped; see above") from None
             process.join()
         print(
-            f"{image_size} pixels: the set has {size:,.0f} MB; anonymous {start:,.0f} MB before an epoch of batches, "
-            f"{anonymous:,.0f} MB after it; file {mapped:,.0f} MB"
+            f"{spec.image_size} pixels: the set has {size:,.0f} MB; anonymous {start:,.0f} MB before an epoch of "
+            f"batches, {anonymous:,.0f} MB after it; file {mapped:,.0f} MB"
         )
 
 

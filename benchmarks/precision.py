@@ -1,4 +1,4 @@
-"""Does training in bfloat16 cost accuracy? The same epochs in bf16 and fp32, three seeds each, by the command line.
+"""Does training in bfloat16 cost accuracy? The same epochs in bf16 and fp32, by the command line.
 
     python -m benchmarks.precision --data-dir fer2013 --arch cnn4_bn --epochs 3
 """
@@ -10,7 +10,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from benchmarks import REPO, check_data_dir
+from benchmarks import REPO, check_inputs, count
 from models import InputError
 from predict_emotion import ArgumentParser, run_script
 
@@ -30,18 +30,18 @@ def main() -> None:
     parser = ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--data-dir", metavar="DIR", default=".", help="holds train/ (default: .)")
     parser.add_argument("--arch", default="cnn4_bn", help="(default: cnn4_bn)")
-    parser.add_argument("--epochs", type=int, default=3, help="(default: 3)")
-    parser.add_argument("--seeds", type=int, default=3, help="how many (default: 3)")
+    parser.add_argument("--epochs", type=count, default=3, help="(default: 3)")
+    parser.add_argument("--seeds", type=count, default=3, help="how many (default: 3)")
     args = parser.parse_args()
-    check_data_dir(args.data_dir)
+    check_inputs(args.data_dir, args.arch)
     print(f"{args.arch}, {args.epochs} epochs, validation accuracy after the last, {args.seeds} seeds")
     means = {}
     for precision in ("bf16", "fp32"):
         found = [val_accuracy(args, precision, seed) for seed in range(args.seeds)]
         means[precision] = statistics.mean(found)
-        spread = statistics.stdev(found) if len(found) > 1 else 0.0
+        spread = f", standard deviation {statistics.stdev(found):.2f}" if len(found) > 1 else ""
         each = ", ".join(f"{value:.2f}" for value in found)
-        print(f"{precision}: mean {means[precision]:.2f}%, standard deviation {spread:.2f} ({each})", flush=True)
+        print(f"{precision}: mean {means[precision]:.2f}%{spread} ({each})", flush=True)
     print(f"bf16 - fp32: {means['bf16'] - means['fp32']:+.2f} points")
 
 

@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from benchmarks import REPO, check_data_dir
+from benchmarks import REPO, check_inputs, count
 from checkpoints import make_checkpoint, save_checkpoint
 from data import walk_pictures
 from decoding import read_image
@@ -99,10 +99,10 @@ def main() -> None:
     parser = ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--data-dir", metavar="DIR", default=".", help="its train/ lends the pictures (default: .)")
     parser.add_argument("--arch", nargs="+", default=ARCHS, help=f"(default: {' '.join(ARCHS)})")
-    parser.add_argument("--pictures", type=int, default=10_000, help="in the folder (default: 10000)")
-    parser.add_argument("--rounds", type=int, default=3, help="the median is printed (default: 3)")
+    parser.add_argument("--pictures", type=count, default=10_000, help="in the folder (default: 10000)")
+    parser.add_argument("--rounds", type=count, default=3, help="the median is printed (default: 3)")
     args = parser.parse_args()
-    check_data_dir(args.data_dir)
+    check_inputs(args.data_dir, *args.arch)
     print(f"{torch.get_num_threads()} threads, torch {torch.__version__}, float32")
     print(
         "| arch | predict_image | forward | difference | forward img/s, batch 64 | folder img/s | folder / forward |\n|"

@@ -30,7 +30,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision import datasets, transforms
 
 from augment import Strengths, parse_augment
-from benchmarks import check_data_dir
+from benchmarks import check_inputs, count
 from engine import PRECISIONS, keep_freed_memory, limit_threads, pick_device, pick_precision, train_one_epoch
 from models import Dropout, InputError, InputSpec, create_model, get_arch, input_spec_for, train_mode
 from predict_emotion import ArgumentParser, run_script
@@ -219,9 +219,8 @@ class Contestant:
         return steps * self.batch_size / self._measure(steps)
 
     def close(self) -> None:
-        self.process.terminate()  # a DataLoader's workers end with it
+        self.pipe.close()  # which ends it
         self.process.join()
-        self.pipe.close()
 
 
 def _serve(pipe, make, settings: dict, workers: int) -> None:
@@ -234,7 +233,7 @@ def _serve(pipe, make, settings: dict, workers: int) -> None:
             pipe.send(measure(pipe.recv()))
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
-    except EOFError:  # the parent is gone
+    except (EOFError, OSError, KeyboardInterrupt):  # no more is asked for
         pass
 
 
@@ -315,9 +314,9 @@ def get_args_parser() -> ArgumentParser:
     parser = ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--data-dir", metavar="DIR", default=".", help="its train/ is used (default: .)")
     parser.add_argument("--arch", nargs="+", default=ARCHS, help=f"(default: {' '.join(ARCHS)})")
-    parser.add_argument("--image-size", type=int, default=96, help="of backbones (default: 96)")
-    parser.add_argument("--batch-size", type=int, help="(default: the recipe's)")
-    parser.add_argument("--rounds", type=int, default=9, help="the median is printed (default: 9)")
+    parser.add_argument("--image-size", type=count, default=96, help="of backbones (default: 96)")
+    parser.add_argument("--batch-size", type=count, help="(default: the recipe's)")
+    parser.add_argument("--rounds", type=count, default=9, help="the median is printed (default: 9)")
     parser.add_argument("--seconds", type=float, default=2.0, help="of each round, about (default: 2)")
     parser.add_argument("--workers", type=int, default=torch.get_num_threads(), help="at most, for the plain way")
     parser.add_argument("--device", default="auto")
@@ -327,7 +326,7 @@ def get_args_parser() -> ArgumentParser:
 
 def main() -> None:
     args = get_args_parser().parse_args()
-    check_data_dir(args.data_dir)
+    check_inputs(args.data_dir, *args.arch)
     device = pick_device(args.device)
     print(f"{describe(device, args.precision)}; {args.rounds} rounds of about {args.seconds:g} s, median")
     print(

@@ -24,7 +24,7 @@ def pictures(tmp_path):
 def test_training_speed(pictures):
     options = ("--arch", "cnn4_bn", "--rounds", 1, "--seconds", 0.1, "--workers", 0)
     done = run("training_speed", "--data-dir", pictures, *options)
-    assert done.returncode == 0, done.stderr
+    assert (done.returncode, done.stderr) == (0, "")
     cells = [cell.strip(" `%") for cell in done.stdout.splitlines()[-1].strip("|").split("|")]
     assert cells[:3] == ["cnn4_bn", "48", "32"] and len(cells) == 11
     assert all(float(cell.replace(",", "").partition(" ")[0]) > 0 for cell in cells[3:9])
@@ -55,6 +55,16 @@ def test_a_mistake_found_in_one_of_the_processes_is_one_line(pictures):
     done = run("training_speed", "--data-dir", pictures, "--arch", "cnn4", "--workers", 0)
     assert done.returncode == 2
     assert "Traceback" not in done.stderr and "--batch-size" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "words", [("training_speed", "--rounds", 0), ("prediction_speed", "--pictures", 0), ("memory", "--sizes", -5),
+              ("precision", "--arch", "nope")]
+)  # fmt: skip
+def test_a_wrong_flag_is_one_line_before_anything_is_measured(pictures, words):
+    done = run(*words, "--data-dir", pictures)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert len(done.stderr.splitlines()) == 1 and str(words[2]) in done.stderr
 
 
 @pytest.mark.parametrize("name", ["training_speed", "prediction_speed", "memory", "precision"])

@@ -20,8 +20,8 @@ from augment import Strengths, augment
 from checkpoints import BEST_NAME, make_checkpoint, save_checkpoint
 from data import SAMPLE_SET, FolderImages
 from decoding import to_input
-from models import InputSpec, create_model
-from predict_emotion import format_bars, load_model, predict_image, predict_images, run_script
+from models import InputError, InputSpec, create_model
+from predict_emotion import format_bars, load_model, predict_image, predict_images, predict_stream, run_script
 
 REPO = Path(__file__).resolve().parent.parent
 SCRIPT = str(REPO / "predict_emotion.py")
@@ -216,6 +216,35 @@ def test_what_cannot_be_read_raises_value_error(loaded, tmp_path, photo):
             predict_image(model, array, class_names)
     with pytest.raises(ValueError, match="broken.png"):
         predict_images(model, [photo, broken, photo], class_names)
+
+
+def test_one_picture_in_the_place_of_a_list(loaded, photo):
+    model, names = loaded
+    for picture in (str(photo), photo, np.zeros((48, 48), np.uint8)):
+        with pytest.raises(InputError, match="predict_image$"):
+            predict_images(model, picture, names)
+
+
+@pytest.mark.parametrize("picture", [None, b"bytes", 3, torch.zeros(48, 48)])
+def test_what_is_no_picture_is_named_by_its_type(loaded, picture):
+    model, names = loaded
+    with pytest.raises(InputError, match=f"it is {type(picture).__name__}"):
+        predict_image(model, picture, names)
+
+
+def test_stream_keeps_order_and_threads(loaded, tmp_path):
+    model, names = loaded
+    draw_folder(tmp_path / "many", {"happy": 41})
+    paths = sorted(str(path) for path in (tmp_path / "many" / "happy").iterdir())
+    Path(paths[7]).write_bytes(b"broken")
+    threads, found, bad = torch.get_num_threads(), [], []
+    for sources, probs in predict_stream(model, paths, 8, lambda source, _: bad.append(source)):
+        found += zip(sources, probs, strict=True)
+    assert torch.get_num_threads() == threads
+    assert bad == [paths[7]] and [source for source, _ in found] == paths[:7] + paths[8:]
+    for path, probs in found:
+        expected = torch.tensor(list(predict_image(model, path, names)[2].values())) / 100
+        assert torch.allclose(probs, expected, atol=1e-6)
 
 
 def test_wrong_number_of_class_names(loaded, photo):
