@@ -810,7 +810,7 @@ def test_chunks_are_decoded_ahead_but_not_all_at_once(tmp_path, ahead, expected)
         if len(decoded) == expected:
             enough.set()
 
-    chunks = decoding.in_chunks(write_files(tmp_path, 40, 10), decode, 1, ahead)
+    chunks = decoding.in_chunks(write_files(tmp_path, 40, 10), decode, 1, ahead=ahead)
     next(chunks)
     next(chunks)
     assert enough.wait(60)
