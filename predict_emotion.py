@@ -116,7 +116,6 @@ def _decode_ahead(
 
     A picture that can't be read goes to `on_error(source, message)` and is left out; None raises instead.
     """
-
     waiting = []
     decode = partial(_decode, spec=spec, raises=on_error is None)
     for _, results in in_chunks(sources, decode, 8, ahead=2 * batch_size):

@@ -200,7 +200,7 @@ class Contestant:
 
     def __init__(self, make, settings: dict, workers: int = 0):
         context = multiprocessing.get_context("spawn")
-        self.batch_size, self.workers = settings["batch_size"], workers
+        self.batch_size = settings["batch_size"]
         self.pipe, other = context.Pipe()
         self.process = context.Process(target=_serve, args=(other, make, settings, workers))
         self.process.start()
