@@ -15,19 +15,20 @@ from models import InputError, InputSpec
 
 @dataclass(frozen=True)
 class Strengths:
-    """How strong each augmentation is; all zero (crop: 1) changes nothing."""
+    """How strong each augmentation is; all zero (crop, window: 1) changes nothing."""
 
     flip: float = 0.0  # probability of mirroring
     rotation: float = 0.0  # up to so many degrees, either way
     translate: float = 0.0  # up to this share of the side, in x and y
     scale: float = 0.0  # zoom by a factor from 1 - scale to 1 + scale
     crop: float = 1.0  # random resized crop: the least share of the area that stays
+    window: float = 1.0  # share of the side that the network sees, cut out at random: smaller inputs, faster steps
     brightness: float = 0.0  # factor from 1 - brightness to 1 + brightness
     contrast: float = 0.0  # likewise, about the picture's mean
     erase: float = 0.0  # probability of erasing a rectangle
 
     def __post_init__(self):
-        limits = {"rotation": (0, 180), "crop": (0.05, 1), "scale": (0, 0.9)}
+        limits = {"rotation": (0, 180), "crop": (0.05, 1), "window": (0.5, 1), "scale": (0, 0.9)}
         for field in fields(self):
             low, high = limits.get(field.name, (0, 1))
             if not low <= getattr(self, field.name) <= high:
@@ -35,7 +36,7 @@ class Strengths:
 
     @property
     def has_geometry(self) -> bool:
-        return max(self.flip, self.rotation, self.translate, self.scale, 1 - self.crop) > 0
+        return max(self.flip, self.rotation, self.translate, self.scale, 1 - self.crop, 1 - self.window) > 0
 
 
 PRESETS = {
@@ -71,7 +72,8 @@ def augment(images: torch.Tensor, spec: InputSpec, strengths: Strengths, generat
     """uint8 (N, C, H, W), 0-255 -> float32 (N, spec.channels, H, W), augmented and normalised.
 
     Every picture draws its own values from `generator`, which must be on the device of `images`. What geometry
-    brings in from outside the picture, and what is erased, is the mean (0 after normalising).
+    brings in from outside the picture, and what is erased, is the mean (0 after normalising). A `window` below 1
+    leaves pictures of that share of H and W, at the same scale (Krizhevsky et al. 2012 trained so at 224 of 256).
     """
     uniform = torch.rand(16, len(images), generator=generator, device=images.device)  # one row for each draw below
     inputs = images.float() / 255
@@ -83,7 +85,8 @@ def augment(images: torch.Tensor, spec: InputSpec, strengths: Strengths, generat
     inputs = normalise(inputs, spec)
     if strengths.has_geometry:
         theta = affine_matrices(uniform[2:10], strengths)
-        grid = F.affine_grid(theta, list(inputs.shape), align_corners=False)
+        height, width = (round(strengths.window * side) for side in inputs.shape[2:])
+        grid = F.affine_grid(theta, [len(inputs), 1, height, width], align_corners=False)
         inputs = F.grid_sample(inputs, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
     if strengths.erase:
         inputs = inputs * ~_rectangles(uniform[10:15], strengths.erase, inputs.shape[-1])
@@ -97,8 +100,8 @@ def _factor(uniform: torch.Tensor, strength: float) -> torch.Tensor:
 def affine_matrices(uniform: torch.Tensor, strengths: Strengths) -> torch.Tensor:
     """(8, N) uniform numbers -> (N, 2, 3) matrices from output to input coordinates, both from -1 to 1.
 
-    Mirroring, rotation, zoom and shift, and the random resized crop of torchvision (area from `crop` to 1, aspect
-    ratio from 3/4 to 4/3), in one matrix, so that a picture is resampled once.
+    Mirroring, rotation, zoom and shift, the random resized crop of torchvision (area from `crop` to 1, aspect ratio
+    from 3/4 to 4/3) and the window, in one matrix, so that a picture is resampled once.
     """
     signed = 2 * uniform - 1
     angle = signed[0] * (strengths.rotation * torch.pi / 180)
@@ -107,7 +110,7 @@ def affine_matrices(uniform: torch.Tensor, strengths: Strengths) -> torch.Tensor
     area = strengths.crop + (1 - strengths.crop) * uniform[3]
     ratio = (4 / 3) ** (signed[4] * (strengths.crop < 1))
     ratio = torch.minimum(torch.maximum(ratio, area), 1 / area)  # so that neither side is longer than the picture's
-    width, height = (area * ratio).sqrt(), (area / ratio).sqrt()
+    width, height = (strengths.window * side.sqrt() for side in (area * ratio, area / ratio))
     shift_x = signed[5] * (2 * strengths.translate + (1 - width))
     shift_y = signed[6] * (2 * strengths.translate + (1 - height))
     scale_x, scale_y = mirror * width / zoom, height / zoom

@@ -15,7 +15,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from models import InputError, InputSpec, create_model, head_prefix, load_backbone
+from finetuning import load_backbone
+from models import InputError, InputSpec, create_model, head_prefix
 
 FORMAT_VERSION = 1
 BEST_NAME, FINAL_NAME = "best_emotion_model.pth", "final_emotion_model.pth"

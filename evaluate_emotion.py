@@ -17,7 +17,7 @@ import reports
 from checkpoints import read_checkpoint, replace_file
 from data import FolderImages
 from decoding import to_input
-from engine import PRECISIONS, evaluate, pick_precision
+from engine import PRECISIONS, evaluate, pick_precision, to_log_probs
 from models import InputError, printable
 from predict_emotion import ArgumentParser, find_checkpoint, make_output_dir, prepare_model, run_script
 from splits import Batches, split_train_val
@@ -79,15 +79,21 @@ def main(argv: list[str] | None = None) -> None:
     data, rows, split = load_split(args, model, checkpoint["config"])
     for note in data.notes:
         print(note)
-    log_probs, labels = evaluate(
+    logits, labels = evaluate(
         model,
         Batches(data, rows, device).iterate(args.batch_size),
         lambda images: to_input(images, model.input_spec),
-        temperature=model.temperature,
         tta=args.tta,
         precision=precision,
     )
-    metrics = reports.compute_metrics(labels.numpy(), log_probs.numpy(), class_names, split=split)
+    metrics = reports.compute_metrics(
+        labels.numpy(),
+        to_log_probs(logits, model.temperature).numpy(),
+        class_names,
+        split=split,
+        temperature=model.temperature,
+        uncalibrated=to_log_probs(logits).numpy(),
+    )
     metrics |= {"arch": model.arch, "epoch": checkpoint["epoch"], "tta": args.tta}
     views = ", mirrored views averaged" if args.tta else ""
     print(f"{model.arch}, trained on {printable(model.trained_on)}{views}\n{reports.format_report(metrics)}")

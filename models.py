@@ -9,7 +9,6 @@ Recognition using CNN (PyTorch)", S3 "Emotion Recognition Model", S4 "Facial Exp
 """
 
 import math
-import pickle
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
 
@@ -105,18 +104,26 @@ class Arch:
     input_spec: InputSpec
     recipe: Recipe
     is_backbone: bool  # a torchvision network under the custom head, with ImageNet weights to start from
+    takes_any_size: bool  # whether it may be trained on windows smaller than the pictures
 
 
 ARCHS: dict[str, Arch] = {}
 
 
-def register(name: str, recipe: Recipe, input_spec: InputSpec | None = None, is_backbone: bool = False):
+def register(
+    name: str,
+    recipe: Recipe,
+    input_spec: InputSpec | None = None,
+    *,
+    is_backbone: bool = False,
+    takes_any_size: bool = False,
+):
     """Decorator: `build(num_classes, image_size, dropout) -> nn.Module` becomes the arch `name`."""
 
     def add(build):
         if name in ARCHS:
             raise ValueError(f"arch {name!r} is registered twice")
-        ARCHS[name] = Arch(name, build, input_spec or InputSpec(), recipe, is_backbone)
+        ARCHS[name] = Arch(name, build, input_spec or InputSpec(), recipe, is_backbone, takes_any_size)
         return build
 
     return add
@@ -162,6 +169,8 @@ def create_model(
     model = entry.build(num_classes=num_classes, image_size=spec.image_size, dropout=dropout)
     model.arch, model.num_classes, model.input_spec, model.frozen = arch, num_classes, spec, []
     if pretrained:
+        from finetuning import load_imagenet_weights
+
         load_imagenet_weights(model)
     return model
 
@@ -259,6 +268,63 @@ def cnn4(num_classes: int, image_size: int, dropout: float | None) -> nn.Module:
     )  # fmt: skip
 
 
+# Our own network
+
+
+def _conv_norm(in_channels: int, out_channels: int, kernel_size: int = 3, stride: int = 1) -> list[nn.Module]:
+    convolution = nn.Conv2d(in_channels, out_channels, kernel_size, stride, kernel_size // 2, bias=False)
+    return [convolution, nn.BatchNorm2d(out_channels)]
+
+
+class _SEBlock(nn.Module):
+    """Two convolutions whose channels are weighed by what the whole picture shows, added to what came in.
+
+    The block starts as the identity (its last batch-norm at zero, Goyal et al. 2017, arXiv:1706.02677); where it
+    halves the sides, the shortcut averages before it convolves (He et al. 2019, arXiv:1812.01187).
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int):
+        super().__init__()
+        first, second = _conv_norm(in_channels, out_channels, stride=stride), _conv_norm(out_channels, out_channels)
+        self.convolutions = nn.Sequential(*first, nn.ReLU(), *second)
+        nn.init.zeros_(second[-1].weight)
+        squeezed = out_channels // 8
+        self.gate = nn.Sequential(
+            nn.AdaptiveAvgPool2d(1),
+            nn.Conv2d(out_channels, squeezed, 1), nn.ReLU(),
+            nn.Conv2d(squeezed, out_channels, 1), nn.Sigmoid(),
+        )  # fmt: skip
+        pool = [nn.AvgPool2d(2, ceil_mode=True)] if stride == 2 else []
+        project = _conv_norm(in_channels, out_channels, kernel_size=1) if in_channels != out_channels else []
+        self.shortcut = nn.Sequential(*pool, *project)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        outputs = self.convolutions(inputs)
+        return torch.relu(outputs * self.gate(outputs) + self.shortcut(inputs))
+
+
+@register(
+    "seresnet13",
+    Recipe(
+        epochs=90, batch_size=128, optimizer="adamw", lr=3e-3, weight_decay=0.05, schedule="onecycle",
+        augment="flip,rotation=10,translate=0.05,scale=0.1,window=0.83,brightness=0.2,contrast=0.2,erase=0.25",
+        label_smoothing=0.1, ema=0.999,
+    ),
+    takes_any_size=True,
+)  # fmt: skip
+def seresnet13(num_classes: int, image_size: int, dropout: float | None) -> nn.Module:
+    """Our own network for 48x48 faces: two convolutions, five residual blocks, one linear layer (2.8 M parameters).
+
+    Residual blocks after He et al. 2015, arXiv:1512.03385, with squeeze-and-excitation after Hu et al. 2017,
+    arXiv:1709.01507. Pictures are small, so the sides are halved three times only, 48 to 6 pixels.
+    """
+    layers = [*_conv_norm(1, 32), nn.ReLU(), *_conv_norm(32, 64, stride=2), nn.ReLU()]
+    blocks = ((64, 64, 1), (64, 128, 2), (128, 128, 1), (128, 256, 2), (256, 256, 1))
+    layers += [_SEBlock(*block) for block in blocks]
+    head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), Dropout(_p(dropout, 0.2)), nn.Linear(256, num_classes)]
+    return nn.Sequential(*layers, *head)
+
+
 # The torchvision backbones under S4's head
 
 
@@ -303,7 +369,8 @@ def _register_backbone(name: str):
 
     augment = "flip,rotation=10,brightness=0.2,contrast=0.2"
     recipe = Recipe(epochs=30, batch_size=32, schedule="plateau", augment=augment)
-    register(name, recipe, InputSpec(224, 3, IMAGENET_MEAN, IMAGENET_STD), is_backbone=True)(build)
+    spec = InputSpec(224, 3, IMAGENET_MEAN, IMAGENET_STD)
+    register(name, recipe, spec, is_backbone=True, takes_any_size=True)(build)
 
 
 for _name in _HEADS:
@@ -313,69 +380,3 @@ for _name in _HEADS:
 def head_prefix(arch: str) -> str | None:
     """What the state_dict keys of a backbone's head begin with; None for a scratch network."""
     return _HEADS[arch][0] + "." if arch in _HEADS else None
-
-
-def load_imagenet_weights(model: nn.Module) -> None:
-    """Puts torchvision's ImageNet weights under the head of a backbone, downloaded where they aren't cached yet.
-
-    Raises InputError where the arch has none or they can't be downloaded, and says how to get them.
-    """
-    if head_prefix(model.arch) is None:
-        raise InputError(f"--pretrained: there are no ImageNet weights for {model.arch}; leave the flag out")
-    from torchvision.models import get_model_weights
-
-    weights = get_model_weights(model.arch).DEFAULT
-    try:
-        state_dict = weights.get_state_dict(progress=True, check_hash=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:  # no network, or a damaged kept file
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise InputError(
-            f"the ImageNet weights of {model.arch} can't be had ({reason}): download {weights.url} and pass the file "
-            "with --weights, or train from nothing with --no-pretrained"
-        ) from None
-    load_backbone(model, state_dict)
-
-
-def load_backbone(model: nn.Module, state_dict: dict[str, torch.Tensor]) -> None:
-    """Loads all but the head from torchvision's `state_dict`; raises InputError where the two don't fit."""
-    prefix = head_prefix(model.arch)
-    if prefix is None:
-        raise InputError(f"{model.arch} is no torchvision backbone, so these weights don't fit it")
-    own = {key: value for key, value in model.state_dict().items() if key.startswith(prefix)}
-    rest = {key: value for key, value in state_dict.items() if not key.startswith(prefix)}
-    try:
-        model.load_state_dict({**rest, **own})
-    except RuntimeError as error:
-        raise InputError(f"these weights don't fit {model.arch}: {' '.join(str(error).split())[:300]}") from None
-
-
-def list_stages(model: nn.Module) -> list[str]:
-    """Names of a backbone's stages from the input on, as --freeze takes them; empty for a scratch network."""
-    if head_prefix(model.arch) is None:
-        return []
-    if hasattr(model, "features"):
-        return [f"features.{name}" for name, _ in model.features.named_children()]
-    return [name for name, child in model.named_children() if name != "fc" and any(True for _ in child.parameters())]
-
-
-def freeze(model: nn.Module, stage: str) -> None:
-    """Freezes a backbone from its input up to and with `stage` ("all": the whole of it, only the head learns).
-
-    Frozen stages get no gradient, and `train_mode` keeps their batch-norm statistics. Raises InputError for a stage
-    that the network does not have, with the list of those that it has.
-    """
-    stages = list_stages(model)
-    if not stages:
-        raise InputError(f"--freeze: {model.arch} is no pretrained backbone and has no stages to freeze")
-    if stage != "all" and stage not in stages:
-        raise InputError(f"--freeze: {model.arch} has no stage {stage!r}; choose from: all, {', '.join(stages)}")
-    model.frozen = stages if stage == "all" else stages[: stages.index(stage) + 1]
-    for name in model.frozen:
-        model.get_submodule(name).requires_grad_(False)
-
-
-def train_mode(model: nn.Module) -> None:
-    """`model.train()`, except that frozen stages stay in evaluation mode."""
-    model.train()
-    for name in model.frozen:
-        model.get_submodule(name).eval()

@@ -15,10 +15,36 @@ def wilson_interval(correct: int, count: int, z: float = 1.96) -> tuple[float, f
     return float(centre - half), float(centre + half)
 
 
-def compute_metrics(labels: np.ndarray, log_probs: np.ndarray, class_names: list[str], *, split: str) -> dict:
+def calibration(labels: np.ndarray, log_probs: np.ndarray, bins: int = 15) -> dict:
+    """Expected calibration error: how far accuracy lies from confidence, a mean over the pictures.
+
+    They are put into `bins` equal parts of the range of confidence, as in Guo et al. 2017, arXiv:1706.04599.
+    "bins" holds count, mean confidence and accuracy of those that have pictures.
+    """
+    confidence, right = np.exp(log_probs.max(1)), log_probs.argmax(1) == labels
+    place = np.minimum((confidence * bins).astype(int), bins - 1)
+    parts = [place == number for number in np.unique(place)]
+    rows = [
+        {"count": int(part.sum()), "confidence": float(confidence[part].mean()), "accuracy": float(right[part].mean())}
+        for part in parts
+    ]
+    error = sum(row["count"] * abs(row["accuracy"] - row["confidence"]) for row in rows) / len(labels)
+    return {"ece": float(error), "bins": rows}
+
+
+def compute_metrics(
+    labels: np.ndarray,
+    log_probs: np.ndarray,
+    class_names: list[str],
+    *,
+    split: str,
+    temperature: float = 1.0,
+    uncalibrated: np.ndarray | None = None,
+) -> dict:
     """Plain numbers for metrics.json; fractions, not percent. `labels` int64 (N,), `log_probs` float32 (N, classes).
 
-    Balanced accuracy and macro F1 are means over the classes that have pictures in the split.
+    Balanced accuracy and macro F1 are means over the classes that have pictures in the split. `uncalibrated` is what
+    `log_probs` would be without the `temperature`.
     """
     from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 
@@ -39,6 +65,9 @@ def compute_metrics(labels: np.ndarray, log_probs: np.ndarray, class_names: list
         "accuracy_interval": list(wilson_interval(correct, len(labels))),
         "macro_f1": float(f1[present].mean()),
         "balanced_accuracy": float(recall[present].mean()),
+        "temperature": temperature,
+        "calibration": calibration(labels, log_probs),
+        "uncalibrated": calibration(labels, log_probs if uncalibrated is None else uncalibrated),
         "per_class": per_class,
         "class_names": list(class_names),
         "confusion_matrix": confusion_matrix(labels, preds, labels=positions).tolist(),
@@ -68,6 +97,8 @@ def format_report(metrics: dict) -> str:
         f"Accuracy: {100 * metrics['accuracy']:.2f}% (95% interval {100 * low:.2f} to {100 * high:.2f})",
         f"Macro F1: {100 * metrics['macro_f1']:.2f}%   Balanced accuracy: {100 * metrics['balanced_accuracy']:.2f}%   "
         f"Loss: {metrics['loss']:.4f}",
+        f"Calibration error: {100 * metrics['calibration']['ece']:.2f}% at temperature {metrics['temperature']:.2f}, "
+        f"{100 * metrics['uncalibrated']['ece']:.2f}% without",
         "",
         f"{'':{width}}  precision     recall         F1   pictures",
     ]
@@ -81,6 +112,7 @@ def result_files(metrics: dict) -> dict[str, Callable[[Path], object]]:
     """The files that measuring makes: name to a function that writes it to a path."""
     return {
         "confusion_matrix.png": lambda path: plot_confusion_matrix(metrics, path),
+        "reliability.png": lambda path: plot_reliability(metrics, path),
         "classification_report.txt": lambda path: path.write_text(format_report(metrics), encoding="utf-8"),
         "metrics.json": lambda path: path.write_text(json.dumps(metrics, indent=1), encoding="utf-8"),
     }
@@ -140,6 +172,29 @@ def plot_confusion_matrix(metrics: dict, path: str | Path) -> None:
     title = f"{name}{_plain(metrics['split'])}: {accuracy}"
     axes.set(xlabel="Predicted", ylabel="True", title=title)
     figure.colorbar(image, label="% of the true class", shrink=0.8)
+    figure.savefig(path, format="png")
+
+
+def plot_reliability(metrics: dict, path: str | Path) -> None:
+    """Accuracy over confidence, with the temperature and without it; on the diagonal confidence means what it says."""
+    figure = _figure(6, 6.6)
+    axes, counts = figure.subplots(2, 1, height_ratios=(4, 1), sharex=True)
+    axes.plot([0, 100], [0, 100], color="gray", linestyle=":", label="perfectly calibrated")
+    for key, colour, name in (
+        ("uncalibrated", "tab:orange", "without temperature"),
+        ("calibration", "tab:blue", f"temperature {metrics['temperature']:.2f}"),
+    ):
+        rows = metrics[key]["bins"]
+        confidence, accuracy = ([100 * row[column] for row in rows] for column in ("confidence", "accuracy"))
+        label = f"{name}: error {100 * metrics[key]['ece']:.1f}%"
+        axes.plot(confidence, accuracy, color=colour, marker="o", label=label)
+        counts.plot(confidence, [row["count"] for row in rows], color=colour, marker="o")
+    name = f"{metrics['arch']}, " if "arch" in metrics else ""
+    axes.set(ylabel="Accuracy (%)", title=f"{name}{_plain(metrics['split'])}: reliability", ylim=(-3, 103))
+    counts.set(xlabel="Confidence (%)", ylabel="Pictures", ylim=(0, None))
+    axes.grid(alpha=0.3)
+    counts.grid(alpha=0.3)
+    axes.legend()
     figure.savefig(path, format="png")
 
 

@@ -20,8 +20,8 @@ import torch
 
 import reports
 from augment import parse_augment
-from checkpoints import BEST_NAME, FINAL_NAME, build_model, read_checkpoint, replace_file
-from engine import OPTIMIZERS, PRECISIONS, SCHEDULES, memory_format, pick_device
+from checkpoints import BEST_NAME, FINAL_NAME, build_model, read_checkpoint, replace_file, save_checkpoint
+from engine import OPTIMIZERS, PRECISIONS, SCHEDULES, fit_temperature, memory_format, pick_device, to_log_probs
 from models import InputError, count_parameters, get_arch, input_spec_for, list_archs, printable
 from predict_emotion import ArgumentParser, make_output_dir, run_script
 from splits import load_splits
@@ -137,7 +137,9 @@ def settle(given: dict) -> tuple[dict, dict | None]:
         raise InputError(f"--weights: no file {settings['weights']}")
     if arch.is_backbone and settings["freeze"] and not (settings["pretrained"] or settings["weights"]):
         raise InputError("--freeze keeps what was learnt, and with --no-pretrained nothing was; leave one out")
-    parse_augment(settings["augment"])  # a mistake in it should show before the pictures are read
+    strengths = parse_augment(settings["augment"])  # a mistake in it should show before the pictures are read
+    if strengths.window < 1 and not arch.takes_any_size:
+        raise InputError(f"--augment: {arch.name} takes pictures of one size only; leave window out, or use crop")
     return settings, None
 
 
@@ -179,13 +181,25 @@ def to_config(settings: dict) -> dict:
 
 
 def report(run: Run) -> None:
-    """Measures the best checkpoint, on test or, where there is none, on validation; writes report and plots."""
+    """Fits the best checkpoint's temperature on validation, measures it, writes report and plots.
+
+    It is measured on test or, where there is none, on validation.
+    """
     path, splits = run.output_dir / BEST_NAME, run.splits
     checkpoint = read_checkpoint(path)
     model = build_model(checkpoint, path).to(run.device, memory_format=memory_format(run.device))
+    temperature = checkpoint["temperature"] = fit_temperature(*run.measure(model, splits.val))
+    save_checkpoint(checkpoint, path)
     split = "test" if splits.test else "val"
-    log_probs, labels = run.measure(model, splits.test or splits.val)
-    metrics = reports.compute_metrics(labels.numpy(), log_probs.numpy(), splits.class_names, split=split)
+    logits, labels = run.measure(model, splits.test or splits.val)
+    metrics = reports.compute_metrics(
+        labels.numpy(),
+        to_log_probs(logits, temperature).numpy(),
+        splits.class_names,
+        split=split,
+        temperature=temperature,
+        uncalibrated=to_log_probs(logits).numpy(),
+    )
     metrics |= {"arch": model.arch, "epoch": checkpoint["epoch"], "val": checkpoint["metrics"]}
     files = reports.result_files(metrics)
     title = f"{model.arch} on {splits.trained_on}"

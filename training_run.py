@@ -32,9 +32,11 @@ from engine import (
     memory_format,
     pick_precision,
     seed_for,
+    to_log_probs,
     train_one_epoch,
 )
-from models import InputError, create_model, freeze, printable, train_mode
+from finetuning import freeze, train_mode
+from models import InputError, create_model, printable
 from splits import Batches, Splits, draw_order
 
 HISTORY_NAME = "training_history.csv"
@@ -134,7 +136,8 @@ class Run:
             raise InputError(
                 f"epoch {number}: {error}; try a lower --lr or --clip-grad 1 (checkpoints of earlier epochs stay)"
             ) from None
-        val_loss, val_acc = loss_and_accuracy(*self.measure(self.validated_model, self.splits.val))
+        logits, labels = self.measure(self.validated_model, self.splits.val)
+        val_loss, val_acc = loss_and_accuracy(to_log_probs(logits), labels)
         if self.settings["schedule"] == "plateau":
             self.step.scheduler.step(val_loss)
         row = {"epoch": number, "lr": lr, "train_loss": done["loss"], "train_acc": done["acc"]}
@@ -160,7 +163,7 @@ class Run:
         return train_one_epoch(self.step, batches, total=len(order), title=f"epoch {number}/{settings['epochs']}")
 
     def measure(self, model: nn.Module, batches: Batches) -> tuple[torch.Tensor, torch.Tensor]:
-        """Log-probabilities (N, num_classes) and labels (N,), in float32 and without augmentation."""
+        """Logits (1, N, num_classes) and labels (N,), in float32 and without augmentation."""
         batches = batches.iterate(max(1, self.settings["batch_size"] // self.settings["grad_accum"]))
         return evaluate(model, batches, lambda images: to_input(images, self.splits.spec))
 

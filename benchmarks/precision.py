@@ -3,27 +3,18 @@
     python -m benchmarks.precision --data-dir fer2013 --arch cnn4_bn --epochs 3
 """
 
-import csv
 import statistics
-import subprocess
-import sys
 import tempfile
-from pathlib import Path
 
-from benchmarks import REPO, check_inputs, count
-from models import InputError
+from benchmarks import check_inputs, count, train
 from predict_emotion import ArgumentParser, run_script
 
 
 def val_accuracy(args, precision: str, seed: int) -> float:
     """Percent on validation after the last epoch."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, REPO / "train_emotion_cnn.py", "--precision", precision, "--seed", seed]
-        command += ["--data-dir", args.data_dir, "--arch", args.arch, "--epochs", args.epochs, "--output-dir", folder]
-        if subprocess.run([str(part) for part in command], stdout=subprocess.DEVNULL).returncode:
-            raise InputError("training has stopped; its message stands above")
-        with open(Path(folder) / "training_history.csv", encoding="utf-8") as file:
-            return 100 * float(list(csv.DictReader(file))[-1]["val_acc"])
+        options = ("--precision", precision, "--seed", seed, "--epochs", args.epochs)
+        return 100 * train(folder, "--data-dir", args.data_dir, "--arch", args.arch, *options)[-1]["val_acc"]
 
 
 def main() -> None:

@@ -32,7 +32,8 @@ from torchvision import datasets, transforms
 from augment import Strengths, parse_augment
 from benchmarks import check_inputs, count
 from engine import PRECISIONS, keep_freed_memory, limit_threads, pick_device, pick_precision, train_one_epoch
-from models import Dropout, InputError, InputSpec, create_model, get_arch, input_spec_for, train_mode
+from finetuning import train_mode
+from models import Dropout, InputError, InputSpec, create_model, get_arch, input_spec_for
 from predict_emotion import ArgumentParser, run_script
 from splits import draw_order, load_splits
 from train_emotion_cnn import settle, to_config
@@ -73,32 +74,53 @@ def plain_transform(spec: InputSpec, strengths: Strengths) -> transforms.Compose
         steps.append(transforms.RandomRotation(strengths.rotation))
     if strengths.brightness or strengths.contrast:
         steps.append(transforms.ColorJitter(strengths.brightness, strengths.contrast))
+    if strengths.window < 1:
+        steps.append(transforms.RandomCrop(round(strengths.window * size)))
     steps += [transforms.ToTensor(), transforms.Normalize(spec.mean, spec.std)]
     return transforms.Compose(steps + [transforms.RandomErasing(strengths.erase)] * (strengths.erase > 0))
 
 
-def make_plain(settings: dict, workers: int, device: torch.device):
-    """A function that trains so many batches the plain way and returns the seconds."""
-    spec = input_spec_for(settings["arch"], settings["image_size"])
-    transform = plain_transform(spec, parse_augment(settings["augment"]))
-    dataset = datasets.ImageFolder(Path(settings["data_dir"]) / "train", transform)
-    check_count(len(dataset), settings)
-    loader = torch.utils.data.DataLoader(
-        dataset,
+def plain_loader(settings: dict, split: str, workers: int, device: torch.device) -> torch.utils.data.DataLoader:
+    """Batches of a split by ImageFolder, a transform a picture and `workers` processes; augmented for train."""
+    strengths = parse_augment(settings["augment"] if split == "train" else "none")
+    transform = plain_transform(input_spec_for(settings["arch"], settings["image_size"]), strengths)
+    return torch.utils.data.DataLoader(
+        datasets.ImageFolder(Path(settings["data_dir"]) / split, transform),
         settings["batch_size"],
-        shuffle=True,
-        drop_last=True,
+        shuffle=split == "train",
+        drop_last=split == "train",
         num_workers=workers,
         pin_memory=device.type == "cuda",
         persistent_workers=workers > 0,
     )
-    model = create_model(settings["arch"], len(dataset.classes), image_size=spec.image_size).to(device).train()
+
+
+def plain_model(settings: dict, num_classes: int, device: torch.device) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """The network with torch's own dropout, and the optimiser of its recipe."""
+    model = create_model(settings["arch"], num_classes, image_size=settings["image_size"]).to(device).train()
     for module in model.modules():
         if isinstance(module, Dropout):
             module.__class__ = nn.Dropout
-    criterion = nn.CrossEntropyLoss()
     kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}[settings["optimizer"]]
-    optimizer = kind(model.parameters(), lr=settings["lr"], weight_decay=settings["weight_decay"])
+    return model, kind(model.parameters(), lr=settings["lr"], weight_decay=settings["weight_decay"])
+
+
+def plain_step(model: nn.Module, optimizer: torch.optim.Optimizer, inputs, labels, device: torch.device):
+    """One step of the tutorials' loop on a batch of a loader: its mean loss and how many were right."""
+    inputs, labels = inputs.to(device), labels.to(device)
+    optimizer.zero_grad()
+    outputs = model(inputs)
+    loss = nn.functional.cross_entropy(outputs, labels)
+    loss.backward()
+    optimizer.step()
+    return loss.item(), (outputs.argmax(1) == labels).sum().item()
+
+
+def make_plain(settings: dict, workers: int, device: torch.device):
+    """A function that trains so many batches the plain way and returns the seconds."""
+    loader = plain_loader(settings, "train", workers, device)
+    check_count(len(loader.dataset), settings)
+    model, optimizer = plain_model(settings, len(loader.dataset.classes), device)
 
     def endless():
         while True:
@@ -116,15 +138,8 @@ def make_plain(settings: dict, workers: int, device: torch.device):
         synchronise(device)
         start, running_loss, correct = time.perf_counter(), 0.0, 0
         for _ in range(steps):
-            inputs, labels = next(batches)
-            inputs, labels = inputs.to(device), labels.to(device)
-            optimizer.zero_grad()
-            outputs = model(inputs)
-            loss = criterion(outputs, labels)
-            loss.backward()
-            optimizer.step()
-            running_loss += loss.item()
-            correct += (outputs.argmax(1) == labels).sum().item()
+            loss, right = plain_step(model, optimizer, *next(batches), device)
+            running_loss, correct = running_loss + loss, correct + right
         synchronise(device)
         return time.perf_counter() - start
 

@@ -161,6 +161,25 @@ def test_crop_keeps_at_least_its_share_and_moves():
         assert shift.min() < -0.1 and shift.max() > 0.1
 
 
+def test_window_cuts_out_a_part_at_the_same_scale():
+    images = torch.randint(0, 256, (64, 1, 24, 24), dtype=torch.uint8, generator=seeded())
+    out = augment(images, GRAY, Strengths(window=0.75), seeded())
+    assert out.shape == (64, 1, 18, 18)
+    theta = affine_matrices(torch.rand(8, 500, generator=seeded()), Strengths(window=0.75))
+    assert theta[:, 0, 0].allclose(torch.tensor(0.75)) and theta[:, 1, 1].allclose(torch.tensor(0.75))
+    reach = theta[:, :, 2].abs()
+    assert reach.max() <= 0.25 and reach.max() > 0.24 and theta[:, :, 2].min() < -0.24  # inside, up to every edge
+
+
+def test_window_without_a_shift_is_the_middle():
+    images = torch.randint(0, 256, (1, 1, 24, 24), dtype=torch.uint8, generator=seeded())
+    half = torch.full((8, 1), 0.5)
+    grid = torch.nn.functional.affine_grid(affine_matrices(half, Strengths(window=0.75)), [1, 1, 18, 18],
+                                           align_corners=False)  # fmt: skip
+    seen = torch.nn.functional.grid_sample(images.float(), grid, align_corners=False)
+    torch.testing.assert_close(seen, images[:, :, 3:21, 3:21].float(), atol=0.01, rtol=0)
+
+
 def test_crop_of_one_is_the_identity():
     theta = affine_matrices(torch.rand(8, 10, generator=seeded()), Strengths(crop=1.0))
     torch.testing.assert_close(theta, torch.tensor([[1.0, 0, 0], [0, 1, 0]]).expand(10, 2, 3))
@@ -217,15 +236,15 @@ def test_presets_by_name(name):
 def test_names_with_strengths():
     assert parse_augment("flip") == Strengths(flip=0.5)
     assert parse_augment(" flip , rotation=10,translate=0.1 ") == Strengths(flip=0.5, rotation=10, translate=0.1)
-    every = "flip=0.4,rotation=10,translate=0.1,scale=0.1,brightness=0.2,contrast=0.2,crop=0.8,erase=0.25"
-    assert parse_augment(every) == Strengths(0.4, 10, 0.1, 0.1, 0.8, 0.2, 0.2, 0.25)
+    every = "flip=0.4,rotation=10,translate=0.1,scale=0.1,brightness=0.2,contrast=0.2,crop=0.8,erase=0.25,window=0.9"
+    assert parse_augment(every) == Strengths(0.4, 10, 0.1, 0.1, 0.8, 0.9, 0.2, 0.2, 0.25)
 
 
 def test_flip_of_zero_is_zero():
     assert parse_augment("flip=0") == Strengths()
 
 
-KNOWN = ("flip", "rotation", "translate", "scale", "crop", "brightness", "contrast", "erase")
+KNOWN = ("flip", "rotation", "translate", "scale", "crop", "window", "brightness", "contrast", "erase")
 
 
 @pytest.mark.parametrize("text", ["", ",", "flipp", "light,flip", "flip,,erase=0.1", "hue=0.1", "Flip", "=1"])
@@ -253,7 +272,7 @@ def test_strengths_out_of_range_are_refused_with_the_range(name, value):
     assert name in message and "from" in message and "\n" not in message
 
 
-@pytest.mark.parametrize("text", ["crop=0", "scale=1", "flip=1.01", "translate=1.5"])
+@pytest.mark.parametrize("text", ["crop=0", "scale=1", "window=0.4", "flip=1.01", "translate=1.5"])
 def test_strengths_at_which_nothing_would_be_left_are_refused(text):
     with pytest.raises(InputError, match="must be from"):
         parse_augment(text)

@@ -1,5 +1,6 @@
 """The benchmarks run from end to end on little data. What they measure is for their readers, not for tests."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -51,6 +52,58 @@ def test_precision(pictures):
     assert "bf16 - fp32" in done.stdout.splitlines()[-1]
 
 
+FACES = {"angry": 30, "happy": 30, "neutral": 30, "sad": 30, "fear": 24, "surprise": 24}
+
+
+@pytest.fixture
+def faces(tmp_path):
+    draw_folder(tmp_path / "train", FACES)
+    draw_folder(tmp_path / "val", dict.fromkeys(FACES, 6))
+    return tmp_path
+
+
+def cells_of(line):
+    return [cell.strip(" `") for cell in line.strip("|").split("|")]
+
+
+def test_accuracy(faces):
+    one = next((faces / "train" / "sad").iterdir())
+    shutil.copy(one, faces / "val" / "sad" / "twin.png")
+    words = ("--data-dir", faces, "--output-dir", faces / "out", "--arch", "cnn4_bn", "--seeds", 2)
+    done = run("accuracy", *words, "--", "--epochs", 1)
+    assert done.returncode == 0, done.stderr
+    cells = cells_of(done.stdout.splitlines()[2])
+    assert cells[:2] == ["cnn4_bn", "--epochs 1`, 1 epochs at 48 pixels, 2 seeds"]
+    assert all(0 <= float(part) <= 100 for cell in cells[2:6] for part in cell.split(" ± "))
+    assert cells[6:9] == ["1.57 M", "28 M", "6.3 MB"]
+    assert done.stdout.splitlines()[-1] == "37 pictures, 36 of them without a twin in train/"
+    again = run("accuracy", *words, "--", "--epochs", 1)  # from what stands there
+    assert again.stdout == done.stdout and "this run is finished" in again.stderr
+
+
+def test_speedrun(faces):
+    words = ("--arch", "cnn4_bn", "--epochs", 1, "--plain", "cnn4_bn", "--minutes", 0.001, "--workers", 0)
+    done = run("speedrun", "--data-dir", faces, *words)
+    assert done.returncode == 0, done.stderr
+    rows = [cells_of(line) for line in done.stdout.splitlines()[4:]]
+    assert [row[0] for row in rows] == ["cnn4_bn`, 1 epochs", "cnn4_bn`, plain loop, at most 20 epochs"]
+    assert all("not reached" in cell or float(cell) > 0 for row in rows for cell in row[1:])
+
+
+def test_small_data(faces):
+    words = ("--data-dir", faces, "--output-dir", faces / "out", "--arch", "cnn4_bn", "--counts", 12, "--seeds", 1)
+    done = run("small_data", *words, "--epochs", 1, "--others-epochs", 1)
+    assert done.returncode == 0, done.stderr
+    tables = [cells_of(line) for line in done.stdout.splitlines()]
+    assert [row[0] for row in tables if row[0].startswith("cnn") or row[0].isdigit()] == ["cnn6_bn", "cnn4_bn", "12"]
+    assert "last layer" in done.stderr  # whose classes are others
+    names = [path.name for part in ("four", "others") for path in (faces / "out" / part).rglob("*.png")]
+    assert len(names) == 4 * (30 + 6) + 2 * 24
+    digests = {hash(path.read_bytes()) for part in ("four", "others") for path in (faces / "out" / part).rglob("*.png")}
+    assert len(digests) == len(names)  # no picture stands twice
+    assert len(list((faces / "out" / "few_12" / "train").rglob("*.png"))) == 48
+
+
 def test_a_mistake_found_in_one_of_the_processes_is_one_line(pictures):
     done = run("training_speed", "--data-dir", pictures, "--arch", "cnn4", "--workers", 0)
     assert done.returncode == 2
@@ -59,7 +112,8 @@ def test_a_mistake_found_in_one_of_the_processes_is_one_line(pictures):
 
 @pytest.mark.parametrize(
     "words", [("training_speed", "--rounds", 0), ("prediction_speed", "--pictures", 0), ("memory", "--sizes", -5),
-              ("precision", "--arch", "nope")]
+              ("precision", "--arch", "nope"), ("accuracy", "--arch", "nope"), ("speedrun", "--epochs", 0),
+              ("speedrun", "--plain", "nope"), ("small_data", "--counts", 0)]
 )  # fmt: skip
 def test_a_wrong_flag_is_one_line_before_anything_is_measured(pictures, words):
     done = run(*words, "--data-dir", pictures)
@@ -67,7 +121,9 @@ def test_a_wrong_flag_is_one_line_before_anything_is_measured(pictures, words):
     assert len(done.stderr.splitlines()) == 1 and str(words[2]) in done.stderr
 
 
-@pytest.mark.parametrize("name", ["training_speed", "prediction_speed", "memory", "precision"])
+@pytest.mark.parametrize(
+    "name", ["training_speed", "prediction_speed", "memory", "precision", "accuracy", "speedrun", "small_data"]
+)
 def test_a_missing_folder_is_one_line(name, tmp_path):
     done = run(name, "--data-dir", tmp_path / "nothing")
     assert done.returncode == 2

@@ -12,6 +12,7 @@ from engine import (
     autocast,
     cpu_limit,
     evaluate,
+    fit_temperature,
     loss_and_accuracy,
     make_optimizer,
     make_scheduler,
@@ -19,9 +20,11 @@ from engine import (
     pick_precision,
     seed_for,
     steps_per_batch,
+    to_log_probs,
     train_one_epoch,
 )
-from models import InputError, InputSpec, create_model, freeze, train_mode
+from finetuning import freeze, train_mode
+from models import InputError, InputSpec, create_model
 
 CPU = torch.device("cpu")
 SPEC = InputSpec(image_size=8)
@@ -326,13 +329,13 @@ def test_optimisers_hold_what_learns(name, kind):
 
 def test_evaluation_is_in_order_and_normalised():
     model, (images, labels) = norm_network().train(), pictures(10)
-    log_probs, targets = evaluate(model, split(images, labels, 4), prepare)
+    logits, targets = evaluate(model, split(images, labels, 4), prepare)
     assert not model.training
     with torch.no_grad():
-        expected = F.log_softmax(model(prepare(images)), 1)
-    torch.testing.assert_close(log_probs, expected)
-    assert torch.equal(targets, labels) and log_probs.dtype == torch.float32 and log_probs.device == CPU
-    loss, acc = loss_and_accuracy(log_probs, targets)
+        expected = model(prepare(images))
+    torch.testing.assert_close(logits, expected[None])
+    assert torch.equal(targets, labels) and logits.dtype == torch.float32 and logits.device == CPU
+    loss, acc = loss_and_accuracy(to_log_probs(logits), targets)
     assert loss == pytest.approx(F.cross_entropy(expected, labels).item(), rel=1e-5)
     assert acc == pytest.approx((expected.argmax(1) == labels).float().mean().item())
 
@@ -347,7 +350,7 @@ def test_evaluation_changes_no_weights_or_statistics():
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
 def test_tta_is_the_mean_over_the_mirrored_picture(temperature):
     model, (images, labels) = plain_network().eval(), pictures(6)
-    log_probs, _ = evaluate(model, split(images, labels, 4), prepare, tta=True, temperature=temperature)
+    log_probs = to_log_probs(evaluate(model, split(images, labels, 4), prepare, tta=True)[0], temperature)
     with torch.no_grad():
         plain, mirrored = (
             F.softmax(model(prepare(view)) / temperature, 1) for view in (images, images.flip(-1))
@@ -358,7 +361,8 @@ def test_tta_is_the_mean_over_the_mirrored_picture(temperature):
 
 def test_temperature_divides_the_logits():
     model, batches = plain_network(), split(*pictures(6), 4)
-    one, two = (evaluate(model, batches, prepare, temperature=t)[0] for t in (1.0, 2.0))
+    logits, _ = evaluate(model, batches, prepare)
+    one, two = (to_log_probs(logits, t) for t in (1.0, 2.0))
     torch.testing.assert_close(two, F.log_softmax(one / 2, 1))
     assert torch.equal(one.argmax(1), two.argmax(1))
 
@@ -367,6 +371,21 @@ def test_loss_and_accuracy_by_hand():
     log_probs = torch.log(torch.tensor([[0.5, 0.25, 0.25], [0.1, 0.8, 0.1]]))
     loss, acc = loss_and_accuracy(log_probs, torch.tensor([0, 2]))
     assert loss == pytest.approx(-(math.log(0.5) + math.log(0.1)) / 2) and acc == 0.5
+
+
+@pytest.mark.parametrize("true", [0.7, 1.0, 2.6])
+def test_temperature_is_found_again(true):
+    """Labels drawn from softmax(logits / true) are best told by that temperature."""
+    generator = torch.Generator().manual_seed(0)
+    logits = 3 * torch.randn(1, 20_000, 5, generator=generator)
+    labels = torch.multinomial((logits[0] / true).softmax(1), 1, generator=generator)[:, 0]
+    assert fit_temperature(logits, labels) == pytest.approx(true, rel=0.04)
+
+
+def test_temperature_stays_in_bounds():
+    logits = 4 * torch.eye(3)[None]
+    assert fit_temperature(logits, torch.arange(3)) == 0.5  # all right: sharper were always better
+    assert fit_temperature(logits, torch.tensor([1, 2, 0])) == pytest.approx(5, rel=0.01)  # all wrong
 
 
 # Device, precision, seeds
@@ -417,7 +436,7 @@ def test_bfloat16_trains_float32_weights():
     losses = [train_one_epoch(step, split(images, labels, 6), total=12)["loss"] for _ in range(15)]
     assert set(seen) == {torch.bfloat16} and all(p.dtype == torch.float32 for p in model.parameters())
     assert losses[-1] < losses[0] / 2
-    log_probs, _ = evaluate(model, split(images, labels, 6), prepare, precision=torch.bfloat16)
+    log_probs = to_log_probs(evaluate(model, split(images, labels, 6), prepare, precision=torch.bfloat16)[0])
     assert log_probs.dtype == torch.float32
     torch.testing.assert_close(log_probs.exp().sum(1), torch.ones(12))
 
@@ -463,7 +482,8 @@ def test_sixteen_pictures_are_learnt_by_heart(arch):
     with torch.no_grad():
         for _ in range(8 if norms else 0):
             model(to_input(images, spec))
-    acc = loss_and_accuracy(*evaluate(model, [(images, labels)], lambda x: to_input(x, spec)))[1]
+    logits, _ = evaluate(model, [(images, labels)], lambda x: to_input(x, spec))
+    acc = loss_and_accuracy(to_log_probs(logits), labels)[1]
     assert right[-3:] == [16] * 3 and acc == 1.0
 
 

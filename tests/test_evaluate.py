@@ -22,7 +22,7 @@ from predict_emotion import load_model, predict_probs, run_script
 
 REPO = Path(__file__).resolve().parent.parent
 NAMES = ["angry", "happy", "sad"]
-FILES = {"classification_report.txt", "metrics.json", "confusion_matrix.png"}
+FILES = {"classification_report.txt", "metrics.json", "confusion_matrix.png", "reliability.png"}
 
 
 def train(root, *args):

@@ -17,16 +17,17 @@ REPO = Path(__file__).resolve().parent.parent
 SCRIPTS = ["evaluate_emotion", "export_emotion", "predict_emotion", "prepare_data", "train_emotion_cnn"]
 MODULES = {  # module: (what it may import at its top, what inside functions as well)
     "augment": ("decoding models torch", ""),
-    "checkpoints": ("models torch", ""),
+    "checkpoints": ("finetuning models torch", ""),
     "data": ("decoding models numpy tqdm", ""),
     "decoding": ("models torch numpy PIL", ""),
     "drawing": ("numpy PIL data", ""),
     "engine": ("models torch tqdm", ""),
     "faces": ("numpy PIL decoding models", "cv2"),
-    "models": ("torch", "torchvision safetensors"),
+    "models": ("torch", "torchvision safetensors finetuning"),
     "reports": ("numpy", "sklearn matplotlib"),
     "splits": ("data models numpy torch", ""),
-    "training_run": ("augment checkpoints decoding engine models splits numpy torch", ""),
+    "training_run": ("augment checkpoints decoding engine finetuning models splits numpy torch", ""),
+    "finetuning": ("models torch", "torchvision"),
     "hubconf": ("predict_emotion", ""),
 }
 FOR_SCRIPTS = {"torch", "numpy", "PIL", "tqdm", "predict_emotion"}

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from checkpoints import load_initial_weights
+from finetuning import freeze, list_stages, load_backbone, train_mode
 from models import (
     ARCHS,
     Dropout,
@@ -13,14 +14,10 @@ from models import (
     Recipe,
     count_parameters,
     create_model,
-    freeze,
     get_arch,
     input_spec_for,
     list_archs,
-    list_stages,
-    load_backbone,
     register,
-    train_mode,
 )
 
 SCRATCH = ["cnn6_bn", "cnn6_rgb", "cnn4_bn", "cnn4"]

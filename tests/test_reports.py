@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 import reports
-from reports import compute_metrics, format_report, one_class_warning, result_files, wilson_interval
+from reports import calibration, compute_metrics, format_report, one_class_warning, result_files, wilson_interval
 
 NAMES = ["angry", "happy", "sad"]
 
@@ -87,6 +87,32 @@ def test_a_class_that_is_never_predicted_counts_as_zero_without_a_warning():
     assert metrics["macro_f1"] == pytest.approx(2 / 9) and metrics["balanced_accuracy"] == pytest.approx(1 / 3)
 
 
+def test_calibration_by_hand():
+    labels, preds = np.array([0, 0, 1, 1, 2]), np.array([0, 1, 1, 1, 2])
+    log_probs = log_probs_of(preds)
+    log_probs[4] = log_probs_of(preds, share=0.98)[4]
+    result = calibration(labels, log_probs)
+    rows = [[row["count"], row["confidence"], row["accuracy"]] for row in result["bins"]]
+    assert np.array(rows) == pytest.approx(np.array([[4, 0.8, 0.75], [1, 0.98, 1.0]]), rel=1e-4)
+    assert result["ece"] == pytest.approx((4 * 0.05 + 1 * 0.02) / 5, rel=1e-3)
+
+
+def test_calibration_of_certainty_and_of_chance():
+    labels = np.array([0, 1, 2, 0])
+    certain = log_probs_of(labels, share=1 - 1e-7)
+    assert calibration(labels, certain)["ece"] == pytest.approx(0, abs=1e-5)
+    assert calibration((labels + 1) % 3, certain)["ece"] == pytest.approx(1, abs=1e-5)
+
+
+def test_metrics_hold_calibration_with_and_without_temperature():
+    labels, sharp, soft = np.array([0, 1, 2, 0]), log_probs_of([0, 1, 2, 1], share=0.95), log_probs_of([0, 1, 2, 1])
+    metrics = compute_metrics(labels, soft, NAMES, split="val", temperature=2.5, uncalibrated=sharp)
+    assert metrics["temperature"] == 2.5 and metrics["calibration"] == calibration(labels, soft)
+    assert metrics["uncalibrated"] == calibration(labels, sharp)
+    line = format_report(metrics).splitlines()[3]
+    assert "5.00%" in line and "20.00%" in line and "2.50" in line
+
+
 def test_one_picture():
     metrics = metrics_of([1], [1])
     assert metrics["accuracy"] == 1.0 and metrics["macro_f1"] == 1.0 and "100.00%" in format_report(metrics)
@@ -108,12 +134,12 @@ def test_report_in_percent():
     assert rows[1] == "Accuracy: 70.00% (95% interval 39.68 to 89.22)"
     assert "Macro F1: 66.67%" in rows[2] and "Balanced accuracy: 66.67%" in rows[2]
     assert rows[-2].split() == ["happy", "50.00%", "50.00%", "50.00%", "2"]
-    assert len({len(row) for row in rows[4:]}) == 1 and lines.endswith("\n")  # the table stands in columns
+    assert len({len(row) for row in rows[5:]}) == 1 and lines.endswith("\n")  # the table stands in columns
 
 
 def test_report_of_long_names_stands_in_columns():
     rows = format_report(metrics_of([0, 1], [0, 1], ["a", "a very long name of a class indeed"])).splitlines()
-    assert len({len(row) for row in rows[4:]}) == 1
+    assert len({len(row) for row in rows[5:]}) == 1
 
 
 # Plots
@@ -219,12 +245,13 @@ def test_drawing_keeps_no_figures_and_needs_no_display(tmp_path, monkeypatch):
 def test_result_files(names, tmp_path):
     metrics = metrics_of([0, 1, 2, 2], [0, 1, 2, 0], names)
     files = result_files(metrics)
-    assert set(files) == {"confusion_matrix.png", "classification_report.txt", "metrics.json"}
+    assert set(files) == {"confusion_matrix.png", "reliability.png", "classification_report.txt", "metrics.json"}
     for name, write in files.items():
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of letters that the font lacks
             write(tmp_path / name)
     assert_picture(tmp_path / "confusion_matrix.png")
+    assert_picture(tmp_path / "reliability.png")
     assert json.loads((tmp_path / "metrics.json").read_text(encoding="utf-8")) == metrics
     text = (tmp_path / "classification_report.txt").read_text(encoding="utf-8")
     assert "75.00%" in text and names[0] in text

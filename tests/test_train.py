@@ -26,7 +26,7 @@ from splits import load_splits
 REPO = Path(__file__).resolve().parent.parent
 SCRIPT = str(REPO / "train_emotion_cnn.py")
 FILES = {BEST_NAME, FINAL_NAME, "training_history.csv", "training_history.png", "confusion_matrix.png",
-         "classification_report.txt", "metrics.json"}
+         "reliability.png", "classification_report.txt", "metrics.json"}
 COUNTS = {"angry": 16, "happy": 14, "sad": 10}
 SMALL = ["--arch", "cnn4_bn", "--batch-size", "16"]
 KEYS = {"format_version", "arch", "num_classes", "class_names", "input_spec", "temperature", "trained_on", "state_dict",
