@@ -25,9 +25,9 @@ from engine import OPTIMIZERS, PRECISIONS, SCHEDULES, fit_temperature, memory_fo
 from models import InputError, count_parameters, get_arch, input_spec_for, list_archs, printable
 from predict_emotion import ArgumentParser, make_output_dir, run_script
 from splits import load_splits
-from training_run import FREE_ON_RESUME, HISTORY_NAME, Run, write_history
+from training_run import FREE_ON_RESUME, HISTORY_NAME, PATHS, Run, write_history
 
-DEFAULT_ARCH = "cnn6_bn"
+DEFAULT_ARCH = "seresnet13"
 
 
 def _number(kind, low: float, high: float = math.inf, *, below: bool = False):
@@ -172,7 +172,7 @@ def settle_resumed(given: dict, path: Path) -> tuple[dict, dict]:
 def to_config(settings: dict) -> dict:
     """What the checkpoint keeps of the settings, so that a resumed run brings them back; paths are made absolute."""
     config = {name: value for name, value in settings.items() if name not in ("output_dir", "resume")}
-    for name in ("data_dir", "weights", "cache_dir", "tensorboard"):
+    for name in PATHS:
         config[name] = config[name] and os.path.abspath(config[name])
     return config
 

@@ -40,6 +40,7 @@ from models import InputError, create_model, printable
 from splits import Batches, Splits, draw_order
 
 HISTORY_NAME = "training_history.csv"
+PATHS = ("data_dir", "weights", "cache_dir", "tensorboard")  # of this machine, so not in the checkpoint that deploys
 # Settings that may differ from the resumed run's. data_dir is among them because the pictures themselves are compared.
 FREE_ON_RESUME = {"epochs", "device", "output_dir", "resume", "data_dir", "cache_dir", "tensorboard", "strict"}
 
@@ -176,7 +177,7 @@ class Run:
             trained_on=self.splits.trained_on,
             epoch=self.epoch,
             metrics=metrics,
-            config=self.config,
+            config={name: value for name, value in self.config.items() if name not in PATHS},
         )
         if is_best:
             if len(self.history) == 1:
@@ -184,6 +185,7 @@ class Run:
             save_checkpoint(checkpoint, self.output_dir / BEST_NAME)
         step = self.step
         checkpoint |= {
+            "config": self.config,
             "train_state_dict": self.model.state_dict(),
             "optimizer": step.optimizer.state_dict(),
             "scheduler": step.scheduler.state_dict() if step.scheduler else None,
@@ -246,7 +248,7 @@ def _is_same_run(one: dict, other: dict) -> bool:
     """Whether two checkpoints are of one run. Not by epoch: a run killed while saving has a best ahead of its final."""
     parts = []
     for checkpoint in (one, other):
-        config = {key: value for key, value in checkpoint["config"].items() if key not in FREE_ON_RESUME}
+        config = {key: value for key, value in checkpoint["config"].items() if key not in FREE_ON_RESUME.union(PATHS)}
         parts.append((checkpoint["arch"], checkpoint["class_names"], config))
     return parts[0] == parts[1]
 
