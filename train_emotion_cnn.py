@@ -53,7 +53,7 @@ FLAGS = {  # group: (flag, default, argparse's options, help)
         ("--cache-dir", None, {"metavar": "DIR"}, "for decoded pictures; else the user's cache folder"),
         ("--strict", False, {"action": "store_true"}, "stop at a picture that can't be read; else it is left out"),
         ("--augment", BY_ARCH, {}, "none, light, medium, strong, or strengths such as flip,rotation=10,translate=0.1,"
-         "scale=0.1,brightness=0.2,contrast=0.2,crop=0.8,erase=0.25"),
+         "scale=0.1,brightness=0.2,contrast=0.2,crop=0.8,window=0.83,erase=0.25"),
         ("--class-weights", BY_ARCH, {"choices": ("none", "balanced", "sqrt")}, "count rare classes more in the loss"),
         ("--sampler", "shuffle", {"choices": ("shuffle", "balanced")}, "balanced draws every class equally often"),
     ],

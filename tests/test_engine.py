@@ -460,7 +460,7 @@ def test_the_largest_seed_works():
 # Networks learn
 
 
-@pytest.mark.parametrize("arch", ["cnn6_bn", "cnn6_rgb", "cnn4_bn", "cnn4"])
+@pytest.mark.parametrize("arch", ["cnn6_bn", "cnn6_rgb", "cnn4_bn", "cnn4", "seresnet13"])
 def test_sixteen_pictures_are_learnt_by_heart(arch):
     torch.manual_seed(0)
     model = create_model(arch, 4, image_size=32, dropout=0.0)

@@ -20,7 +20,7 @@ from models import (
     register,
 )
 
-SCRATCH = ["cnn6_bn", "cnn6_rgb", "cnn4_bn", "cnn4"]
+SCRATCH = ["cnn6_bn", "cnn6_rgb", "cnn4_bn", "cnn4", "seresnet13"]
 BACKBONES = ["mobilenet_v2", "resnet18", "efficientnet_b0", "mobilenet_v3_large"]
 
 
@@ -69,6 +69,7 @@ def test_forward_and_backward(arch):
         ("cnn6_rgb", 7, 581_005),
         ("cnn4_bn", 7, 1_572_551),
         ("cnn4", 7, 4_967_047),
+        ("seresnet13", 7, 2_762_895),
         ("mobilenet_v2", 7, 2_553_607),
     ],
 )
@@ -102,6 +103,28 @@ def test_scratch_networks_take_other_sizes(arch, image_size):
     assert model(inputs_for(model, 2)).shape == (2, 3)
 
 
+@pytest.mark.parametrize("arch", [name for name in list_archs() if ARCHS[name].takes_any_size])
+def test_windows_are_taken_where_the_registry_says_so(arch):
+    model = small(arch)
+    inputs = inputs_for(model, 2)
+    assert model(inputs[:, :, :-8, :-8]).shape == model(inputs).shape == (2, 4)
+
+
+@pytest.mark.parametrize("arch", [name for name in list_archs() if not ARCHS[name].takes_any_size])
+def test_windows_are_refused_elsewhere(arch):
+    model = small(arch)
+    with pytest.raises(RuntimeError):
+        model(inputs_for(model, 2)[:, :, :-24, :-24])
+
+
+def test_blocks_start_as_the_identity():
+    """So that a deep network starts as a shallow one: only the shortcuts speak."""
+    model = small("seresnet13").eval()
+    for block in (module for module in model if hasattr(module, "gate")):
+        inputs = torch.rand(2, next(block.parameters()).shape[1], 12, 12)
+        torch.testing.assert_close(block(inputs), torch.relu(block.shortcut(inputs)))
+
+
 @pytest.mark.parametrize("arch", BACKBONES)
 def test_backbones_take_small_and_odd_sizes(arch):
     model = create_model(arch, 3, image_size=33).train()
@@ -126,6 +149,7 @@ def dropouts(model):
         ("cnn6_rgb", [0.0], [0.1]),
         ("cnn4_bn", [0.5], [0.1]),
         ("cnn4", [0.25, 0.25, 0.5], [0.25, 0.25, 0.1]),
+        ("seresnet13", [0.2], [0.1]),
         ("mobilenet_v2", [0.5, 0.3], [0.1, 0.1]),
         ("resnet18", [0.5, 0.3], [0.1, 0.1]),
         ("efficientnet_b0", [0.5, 0.3], [0.1, 0.1]),

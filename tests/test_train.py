@@ -16,9 +16,11 @@ import pytest
 import torch
 from conftest import draw_folder, draw_picture, run_as_user
 from PIL import Image
+from torch.nn import functional as F
 
 import train_emotion_cnn
-from checkpoints import BEST_NAME, FINAL_NAME
+from checkpoints import BEST_NAME, FINAL_NAME, build_model
+from decoding import to_input
 from models import create_model, input_spec_for
 from predict_emotion import load_model, predict_images, run_script
 from splits import load_splits
@@ -199,6 +201,31 @@ def test_history_csv(default_run):
         assert row["lr"] == 1e-3 and row["train_loss"] > 0 and row["val_loss"] > 0
 
 
+def test_temperature_is_fitted_on_validation(default_run):
+    folder, _ = default_run
+    best, metrics = load(folder / BEST_NAME), json.loads((folder / "metrics.json").read_text())
+    assert best["temperature"] == metrics["temperature"] != 1.0
+    model = build_model(best)
+    splits = load_splits(folder, model.input_spec, torch.device("cpu"), val_fraction=0.1, seed=0)
+    images, labels = next(splits.val.iterate(100))
+    with torch.no_grad():
+        logits = model(to_input(images, model.input_spec))
+    losses = [F.cross_entropy(logits / (best["temperature"] * factor), labels).item() for factor in (1, 1.1, 0.9)]
+    assert losses[0] == min(losses) or best["temperature"] in (0.5, 5)
+    assert F.cross_entropy(logits, labels).item() == pytest.approx(best["metrics"]["val_loss"], rel=1e-4)
+
+
+def test_what_deploys_names_no_folder_of_the_machine(default_run):
+    folder, _ = default_run
+    best, final = load(folder / BEST_NAME)["config"], load(folder / FINAL_NAME)["config"]
+    assert str(folder) not in str(best) and str(folder) in str(final)
+    assert set(final) - set(best) == {"data_dir", "weights", "cache_dir", "tensorboard"}
+
+
+def test_a_window_needs_a_network_that_takes_any_size(refuse):
+    refuse("--arch", "cnn4_bn", "--augment", "window=0.8", words=["--augment", "window", "cnn4_bn"])
+
+
 def test_best_is_chosen_on_validation(default_run):
     folder, _ = default_run
     rows = load(folder / FINAL_NAME)["history"]
@@ -247,7 +274,8 @@ def test_checkpoints_hold_what_the_design_lists(default_run):
     assert set(final) == KEYS | RESUME_KEYS
     spec = {"image_size": 48, "channels": 1, "mean": [0.5], "std": [0.5], "gray": False}
     assert (best["format_version"], best["arch"], best["num_classes"]) == (1, "cnn4_bn", 3)
-    assert (best["class_names"], best["input_spec"], best["temperature"]) == (["angry", "happy", "sad"], spec, 1.0)
+    assert (best["class_names"], best["input_spec"]) == (["angry", "happy", "sad"], spec)
+    assert final["temperature"] == 1.0
     assert best["trained_on"] == folder.name
     assert final["epoch"] == len(final["history"]) == 3
     assert best["state_dict"].keys() == create_model("cnn4_bn", 3).state_dict().keys()
