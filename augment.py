@@ -73,7 +73,7 @@ def augment(images: torch.Tensor, spec: InputSpec, strengths: Strengths, generat
 
     Every picture draws its own values from `generator`, which must be on the device of `images`. What geometry
     brings in from outside the picture, and what is erased, is the mean (0 after normalising). A `window` below 1
-    leaves pictures of that share of H and W, at the same scale (Krizhevsky et al. 2012 trained so at 224 of 256).
+    leaves pictures of that share of H and W, in whole pixels (Krizhevsky et al. 2012 trained so at 224 of 256).
     """
     uniform = torch.rand(16, len(images), generator=generator, device=images.device)  # one row for each draw below
     inputs = images.float() / 255

@@ -80,7 +80,12 @@ def _replace(source: Path, target: Path) -> None:
 
 def save_checkpoint(checkpoint: dict, path: str | Path) -> None:
     """Writes `checkpoint` atomically; raises InputError where `path` can't be written."""
-    replace_file(path, lambda temporary: torch.save(checkpoint, temporary))
+
+    def write(temporary: Path) -> None:
+        with temporary.open("wb") as file:  # given a path, torch writes its name into the file
+            torch.save(checkpoint, file)
+
+    replace_file(path, write)
 
 
 def _read(path: Path):

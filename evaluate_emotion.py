@@ -3,7 +3,8 @@
     python evaluate_emotion.py                                                    # best_emotion_model.pth on test/
     python evaluate_emotion.py --checkpoint best_emotion_model.pth --data-dir DIR --split val --tta
 
-Prints the report; writes classification_report.txt, metrics.json and confusion_matrix.png only with --output-dir.
+Prints the report; with --output-dir also writes classification_report.txt, metrics.json, confusion_matrix.png and
+reliability.png.
 Classes are matched by name. A DIR that itself holds class folders is used as it is.
 """
 

@@ -149,17 +149,12 @@ def input_spec_for(arch: str, image_size: int | None = None) -> InputSpec:
 
 
 def create_model(
-    arch: str,
-    num_classes: int,
-    *,
-    image_size: int | None = None,
-    dropout: float | None = None,
-    pretrained: bool = False,
+    arch: str, num_classes: int, *, image_size: int | None = None, dropout: float | None = None
 ) -> nn.Module:
-    """A network with random weights (ImageNet's where `pretrained`) that maps (N, channels, H, W) float to logits.
+    """A network with random weights that maps (N, channels, H, W) float to logits (N, num_classes).
 
     `dropout` replaces every dropout probability of the classifier head. The network carries `arch`, `num_classes`
-    and `input_spec`. Raises InputError for an unknown arch, a size too small, or weights that can't be had.
+    and `input_spec`. Raises InputError for an unknown arch or a size too small.
     """
     entry, spec = get_arch(arch), input_spec_for(arch, image_size)
     if num_classes < 2:
@@ -168,10 +163,6 @@ def create_model(
         raise InputError(f"--dropout must be at least 0 and below 1, not {dropout}")
     model = entry.build(num_classes=num_classes, image_size=spec.image_size, dropout=dropout)
     model.arch, model.num_classes, model.input_spec, model.frozen = arch, num_classes, spec, []
-    if pretrained:
-        from finetuning import load_imagenet_weights
-
-        load_imagenet_weights(model)
     return model
 
 
@@ -279,8 +270,9 @@ def _conv_norm(in_channels: int, out_channels: int, kernel_size: int = 3, stride
 class _SEBlock(nn.Module):
     """Two convolutions whose channels are weighed by what the whole picture shows, added to what came in.
 
-    The block starts as the identity (its last batch-norm at zero, Goyal et al. 2017, arXiv:1706.02677); where it
-    halves the sides, the shortcut averages before it convolves (He et al. 2019, arXiv:1812.01187).
+    (N, in_channels, H, W) -> (N, out_channels, H / stride, W / stride), sides rounded up. The block starts as the
+    identity (its last batch-norm at zero, Goyal et al. 2017, arXiv:1706.02677); where it halves the sides, the
+    shortcut averages before it convolves (He et al. 2019, arXiv:1812.01187).
     """
 
     def __init__(self, in_channels: int, out_channels: int, stride: int):
@@ -288,7 +280,7 @@ class _SEBlock(nn.Module):
         first, second = _conv_norm(in_channels, out_channels, stride=stride), _conv_norm(out_channels, out_channels)
         self.convolutions = nn.Sequential(*first, nn.ReLU(), *second)
         nn.init.zeros_(second[-1].weight)
-        squeezed = out_channels // 8
+        squeezed = out_channels // 8  # half of the paper's reduction: the blocks are narrower than its
         self.gate = nn.Sequential(
             nn.AdaptiveAvgPool2d(1),
             nn.Conv2d(out_channels, squeezed, 1), nn.ReLU(),

@@ -16,10 +16,11 @@ def wilson_interval(correct: int, count: int, z: float = 1.96) -> tuple[float, f
 
 
 def calibration(labels: np.ndarray, log_probs: np.ndarray, bins: int = 15) -> dict:
-    """Expected calibration error: how far accuracy lies from confidence, a mean over the pictures.
+    """How well probabilities tell what happens. `labels` int64 (N,), `log_probs` float32 (N, classes).
 
-    They are put into `bins` equal parts of the range of confidence, as in Guo et al. 2017, arXiv:1706.04599.
-    "bins" holds count, mean confidence and accuracy of those that have pictures.
+    "loss" is the cross-entropy; "ece" the expected calibration error, how far accuracy lies from confidence, as a mean
+    over the pictures, which are put into `bins` equal parts of the range of confidence (Guo et al. 2017,
+    arXiv:1706.04599); "bins" holds count, mean confidence and accuracy of those that have pictures.
     """
     confidence, right = np.exp(log_probs.max(1)), log_probs.argmax(1) == labels
     place = np.minimum((confidence * bins).astype(int), bins - 1)
@@ -29,7 +30,7 @@ def calibration(labels: np.ndarray, log_probs: np.ndarray, bins: int = 15) -> di
         for part in parts
     ]
     error = sum(row["count"] * abs(row["accuracy"] - row["confidence"]) for row in rows) / len(labels)
-    return {"ece": float(error), "bins": rows}
+    return {"loss": float(-log_probs[np.arange(len(labels)), labels].mean()), "ece": float(error), "bins": rows}
 
 
 def compute_metrics(
@@ -52,7 +53,7 @@ def compute_metrics(
     precision, recall, f1, support = precision_recall_fscore_support(
         labels, preds, labels=positions, average=None, zero_division=0
     )
-    correct, present = int((preds == labels).sum()), support > 0
+    correct, present, calibrated = int((preds == labels).sum()), support > 0, calibration(labels, log_probs)
     per_class = {
         name: {"precision": float(p), "recall": float(r), "f1": float(f), "support": int(n)}
         for name, p, r, f, n in zip(class_names, precision, recall, f1, support, strict=True)
@@ -60,14 +61,14 @@ def compute_metrics(
     return {
         "split": split,
         "count": len(labels),
-        "loss": float(-log_probs[np.arange(len(labels)), labels].mean()),
+        "loss": calibrated["loss"],
         "accuracy": correct / len(labels),
         "accuracy_interval": list(wilson_interval(correct, len(labels))),
         "macro_f1": float(f1[present].mean()),
         "balanced_accuracy": float(recall[present].mean()),
         "temperature": temperature,
-        "calibration": calibration(labels, log_probs),
-        "uncalibrated": calibration(labels, log_probs if uncalibrated is None else uncalibrated),
+        "calibration": calibrated,
+        "uncalibrated": calibrated if uncalibrated is None else calibration(labels, uncalibrated),
         "per_class": per_class,
         "class_names": list(class_names),
         "confusion_matrix": confusion_matrix(labels, preds, labels=positions).tolist(),
@@ -97,8 +98,8 @@ def format_report(metrics: dict) -> str:
         f"Accuracy: {100 * metrics['accuracy']:.2f}% (95% interval {100 * low:.2f} to {100 * high:.2f})",
         f"Macro F1: {100 * metrics['macro_f1']:.2f}%   Balanced accuracy: {100 * metrics['balanced_accuracy']:.2f}%   "
         f"Loss: {metrics['loss']:.4f}",
-        f"Calibration error: {100 * metrics['calibration']['ece']:.2f}% at temperature {metrics['temperature']:.2f}, "
-        f"{100 * metrics['uncalibrated']['ece']:.2f}% without",
+        f"Expected calibration error: {100 * metrics['calibration']['ece']:.2f}%   "
+        f"without the temperature of {metrics['temperature']:.2f}: {100 * metrics['uncalibrated']['ece']:.2f}%",
         "",
         f"{'':{width}}  precision     recall         F1   pictures",
     ]
@@ -186,7 +187,7 @@ def plot_reliability(metrics: dict, path: str | Path) -> None:
     ):
         rows = metrics[key]["bins"]
         confidence, accuracy = ([100 * row[column] for row in rows] for column in ("confidence", "accuracy"))
-        label = f"{name}: error {100 * metrics[key]['ece']:.1f}%"
+        label = f"{name}: ECE {100 * metrics[key]['ece']:.1f}%"
         axes.plot(confidence, accuracy, color=colour, marker="o", label=label)
         counts.plot(confidence, [row["count"] for row in rows], color=colour, marker="o")
     name = f"{metrics['arch']}, " if "arch" in metrics else ""

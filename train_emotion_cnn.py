@@ -5,7 +5,7 @@
     python train_emotion_cnn.py --resume                                # go on where a stopped run was
 
 Writes to --output-dir: best_emotion_model.pth (the best epoch on validation; what deploys), final_emotion_model.pth
-(the last epoch; what resumes), training_history.csv, training_history.png, confusion_matrix.png,
+(the last epoch; what resumes), training_history.csv, training_history.png, confusion_matrix.png, reliability.png,
 classification_report.txt and metrics.json.
 """
 
@@ -188,8 +188,9 @@ def report(run: Run) -> None:
     path, splits = run.output_dir / BEST_NAME, run.splits
     checkpoint = read_checkpoint(path)
     model = build_model(checkpoint, path).to(run.device, memory_format=memory_format(run.device))
-    temperature = checkpoint["temperature"] = fit_temperature(*run.measure(model, splits.val))
-    save_checkpoint(checkpoint, path)
+    temperature = fit_temperature(*run.measure(model, splits.val))
+    if checkpoint["temperature"] != temperature:
+        save_checkpoint(checkpoint | {"temperature": temperature}, path)
     split = "test" if splits.test else "val"
     logits, labels = run.measure(model, splits.test or splits.val)
     metrics = reports.compute_metrics(
@@ -208,7 +209,7 @@ def report(run: Run) -> None:
     for name, write in files.items():
         replace_file(run.output_dir / name, write)
     if split == "val":
-        print("\nThere is no test/: this report is on validation, which also chose the epoch.")
+        print("\nThere is no test/: this report is on validation, which also chose epoch and temperature.")
     print(f"\nBest epoch: {checkpoint['epoch']} of {run.epoch}\n{reports.format_report(metrics)}")
     warning = reports.one_class_warning(metrics)
     if warning:

@@ -35,12 +35,12 @@ from engine import (
     to_log_probs,
     train_one_epoch,
 )
-from finetuning import freeze, train_mode
+from finetuning import freeze, load_imagenet_weights, train_mode
 from models import InputError, create_model, printable
 from splits import Batches, Splits, draw_order
 
 HISTORY_NAME = "training_history.csv"
-PATHS = ("data_dir", "weights", "cache_dir", "tensorboard")  # of this machine, so not in the checkpoint that deploys
+PATHS = ("data_dir", "weights", "cache_dir", "tensorboard")  # of this machine
 # Settings that may differ from the resumed run's. data_dir is among them because the pictures themselves are compared.
 FREE_ON_RESUME = {"epochs", "device", "output_dir", "resume", "data_dir", "cache_dir", "tensorboard", "strict"}
 
@@ -57,6 +57,12 @@ def make_class_weights(kind: str, counts: list[int]) -> list[float] | None:
         weights = np.sqrt(weights)
         weights *= counts.sum() / (weights * counts).sum()
     return weights.tolist()
+
+
+def to_deployed(config: dict) -> dict:
+    """What the checkpoint that deploys keeps of `config`: no folder of this machine, of --weights the file's name."""
+    kept = {name: value for name, value in config.items() if name not in PATHS}
+    return kept | {"weights": config.get("weights") and Path(config["weights"]).name}
 
 
 class Run:
@@ -83,8 +89,9 @@ class Run:
             len(self.splits.class_names),
             image_size=spec.image_size,
             dropout=settings["dropout"],
-            pretrained=settings["pretrained"] and not self.is_resumed,
         )
+        if settings["pretrained"] and not self.is_resumed:
+            load_imagenet_weights(model)
         model.input_spec = spec
         if settings["weights"] and not self.is_resumed:
             self.notes.append(load_initial_weights(model, settings["weights"], self.splits.class_names))
@@ -177,7 +184,7 @@ class Run:
             trained_on=self.splits.trained_on,
             epoch=self.epoch,
             metrics=metrics,
-            config={name: value for name, value in self.config.items() if name not in PATHS},
+            config=to_deployed(self.config),
         )
         if is_best:
             if len(self.history) == 1:
@@ -248,7 +255,8 @@ def _is_same_run(one: dict, other: dict) -> bool:
     """Whether two checkpoints are of one run. Not by epoch: a run killed while saving has a best ahead of its final."""
     parts = []
     for checkpoint in (one, other):
-        config = {key: value for key, value in checkpoint["config"].items() if key not in FREE_ON_RESUME.union(PATHS)}
+        config = to_deployed(checkpoint["config"])
+        config = {key: value for key, value in config.items() if key not in FREE_ON_RESUME}
         parts.append((checkpoint["arch"], checkpoint["class_names"], config))
     return parts[0] == parts[1]
 

@@ -2,6 +2,7 @@
 
 import argparse
 import csv
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -20,23 +21,32 @@ def count(text: str) -> int:
     return int(text)
 
 
-def check_inputs(data_dir: str, *archs: str) -> None:
-    """InputError for an unknown arch or a folder without train/, before anything is measured."""
+def check_inputs(data_dir: str, *archs: str, splits: tuple[str, ...] = ("train",)) -> None:
+    """InputError for an unknown arch or a folder without one of `splits`, before anything is measured."""
     for arch in archs:
         get_arch(arch)
-    if not (Path(data_dir) / "train").is_dir():
-        raise InputError(f"no folder {Path(data_dir) / 'train'}: --data-dir must hold train/ with a folder per class")
+    for split in splits:
+        if not (Path(data_dir) / split).is_dir():
+            folders = " and ".join(f"{name}/" for name in splits)
+            raise InputError(f"no folder {Path(data_dir) / split}: --data-dir must hold {folders} with class folders")
 
 
 def train(folder: str | Path, *options) -> list[dict[str, float]]:
     """Runs train_emotion_cnn.py with `options` into `folder`, or goes on with what stands there; returns the history.
 
-    Its messages go to standard error. Raises InputError where training stops.
+    Its messages go to standard error. Raises InputError where training stops, and where `folder` holds a run with
+    other options.
     """
-    command = [sys.executable, REPO / "train_emotion_cnn.py", *options, "--output-dir", folder]
-    if (Path(folder) / FINAL_NAME).exists():
+    folder, options = Path(folder), [str(option) for option in options]
+    command = [sys.executable, str(REPO / "train_emotion_cnn.py"), *options, "--output-dir", str(folder)]
+    record = folder / "options.json"
+    if (folder / FINAL_NAME).exists():
+        if json.loads(record.read_text(encoding="utf-8")) != options:
+            raise InputError(f"{folder} holds a run with other options; remove it or choose another --output-dir")
         command.append("--resume")
-    if subprocess.run([str(part) for part in command], stdout=sys.stderr).returncode:
+    folder.mkdir(parents=True, exist_ok=True)
+    record.write_text(json.dumps(options), encoding="utf-8")
+    if subprocess.run(command, stdout=sys.stderr).returncode:
         raise InputError("training has stopped; its message stands above")
-    with open(Path(folder) / HISTORY_NAME, encoding="utf-8") as file:
+    with open(folder / HISTORY_NAME, encoding="utf-8") as file:
         return [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]

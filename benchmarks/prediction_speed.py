@@ -31,7 +31,7 @@ from decoding import read_image
 from models import InputError, create_model
 from predict_emotion import ArgumentParser, load_model, predict_image, predict_probs, run_script
 
-ARCHS = ("cnn6_bn", "cnn6_rgb", "cnn4_bn", "cnn4")
+ARCHS = ("seresnet13", "cnn6_bn", "cnn6_rgb", "cnn4_bn", "cnn4")
 CLASSES = ["angry", "disgust", "fear", "happy", "neutral", "sad", "surprise"]
 
 

@@ -3,12 +3,17 @@
     python -m benchmarks.small_data --data-dir fer2013 --output-dir small_data           # an hour on two cores
 
 Makes of FER2013, in --output-dir: four/, with 1,000 training pictures a class of angry, happy, neutral and sad, and 250
-test pictures a class (from val/, the challenge's PublicTest); others/, with the pictures of the other three emotions;
-and few_N/, with the first N pictures a class of four/train and the same test pictures. No picture stands in two places:
-of equal ones only the first is taken. A tenth of each train/ validates; test/ is measured once, at the end.
+test pictures a class (from val/, the challenge's PublicTest); others/, with the pictures of the other emotions; and
+few_N_S/, with N pictures a class of four/train, others for every seed S, and the same test pictures. No picture stands
+in two of four/train, four/test and others/: of equal ones only the first is taken. A tenth of each train/ validates;
+test/ is measured once, at the end.
+
+Fewer pictures get more epochs, by the square root of how many fewer, and batches of 32. Both columns of the second
+table are trained alike, but for what they start from.
 """
 
 import json
+import math
 import shutil
 import statistics
 from pathlib import Path
@@ -18,7 +23,7 @@ import numpy as np
 from benchmarks import check_inputs, count, train
 from checkpoints import BEST_NAME
 from data import FolderImages
-from models import InputSpec
+from models import InputError, InputSpec, get_arch
 from predict_emotion import ArgumentParser, make_output_dir, run_script
 from reports import wilson_interval
 from train_emotion_cnn import DEFAULT_ARCH
@@ -27,14 +32,20 @@ CLASSES, TRAIN, TEST = ("angry", "happy", "neutral", "sad"), 1000, 250
 SYSTEM = "cnn6_bn"  # the network of S0, whose document claims 75 to 85% on such a set
 
 
-def unique_pictures(data_dir: Path, split: str, seen: set[str], seed: int) -> dict[str, list[str]]:
-    """{class: its files in a drawn order}, those left out whose pixels are among `seen`, to which they are added."""
+def unique_pictures(data_dir: Path, split: str, seen: set[str]) -> dict[str, list[str]]:
+    """{class: its files in a drawn order} but for those whose pixels are among `seen`, to which they are added.
+
+    Raises InputError where one of the four classes has no pictures.
+    """
     data = FolderImages(data_dir / split, InputSpec())
     found = {name: [] for name in data.class_names}
-    for position in np.random.default_rng(seed).permutation(len(data)):
+    for position in np.random.default_rng(0).permutation(len(data)):
         if data.digests[position] not in seen:
             seen.add(data.digests[position])
             found[data.class_names[data.labels[position]]].append(data.paths[position])
+    missing = [name for name in CLASSES if not found.get(name)]
+    if missing:
+        raise InputError(f"{data_dir / split} has no pictures of {', '.join(missing)}; --data-dir must hold FER2013")
     return found
 
 
@@ -46,24 +57,24 @@ def copy_pictures(files: dict[str, list[str]], folder: Path) -> None:
             shutil.copyfile(path, folder / name / Path(path).name)
 
 
-def make_sets(data_dir: Path, output_dir: Path, counts: list[int], seed: int) -> None:
-    """Writes four/, others/ and few_N/ where they aren't there yet."""
-    if (output_dir / "others").exists():
-        return
+def make_sets(data_dir: Path, output_dir: Path, counts: list[int], seeds: int) -> None:
+    """Writes four/, others/ and few_N_S/ anew; the same pictures each time."""
     seen = set()
-    test = unique_pictures(data_dir, "val", seen, seed)
-    learn = unique_pictures(data_dir, "train", seen, seed)
-    for number in {TRAIN, *counts}:
-        folder = output_dir / ("four" if number == TRAIN else f"few_{number}")
-        copy_pictures({name: learn[name][:number] for name in CLASSES}, folder / "train")
-        copy_pictures({name: test[name][:TEST] for name in CLASSES}, folder / "test")
-    copy_pictures({name: paths for name, paths in learn.items() if name not in CLASSES}, output_dir / "others/train")
+    test, learn = (unique_pictures(data_dir, split, seen) for split in ("val", "train"))
+    places = {"four": slice(TRAIN)}
+    places |= {f"few_{n}_{seed}": slice(n * seed, n * (seed + 1)) for n in counts for seed in range(seeds) if n < TRAIN}
+    for name, place in places.items():
+        copy_pictures({emotion: learn[emotion][:TRAIN][place] for emotion in CLASSES}, output_dir / name / "train")
+        copy_pictures({emotion: test[emotion][:TEST] for emotion in CLASSES}, output_dir / name / "test")
+    others = {name: paths for name, paths in learn.items() if name not in CLASSES}
+    copy_pictures(others, output_dir / "others" / "train")
 
 
 def test_accuracy(folder: Path) -> tuple[int, int]:
-    """(right, all) of the report that training has left in `folder`."""
+    """(right, all) of the report on test/ that training has left in `folder`."""
     metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
-    assert metrics["split"] == "test"
+    if metrics["split"] != "test":
+        raise InputError(f"{folder} holds no report on test/; remove it and start again")
     return round(metrics["accuracy"] * metrics["count"]), metrics["count"]
 
 
@@ -83,33 +94,32 @@ def main() -> None:
     parser.add_argument("--arch", default=DEFAULT_ARCH, help=f"beside {SYSTEM} (default: {DEFAULT_ARCH})")
     parser.add_argument("--counts", nargs="+", type=count, default=[25, 100, TRAIN], help="(default: 25 100 1000)")
     parser.add_argument("--seeds", type=count, default=3, help="how many for counts below 1000 (default: 3)")
-    parser.add_argument("--others-epochs", type=count, default=40, help="of the first training (default: 40)")
-    parser.add_argument("--lr", type=float, default=0.001, help="of training that starts from weights (default: 0.001)")
-    parser.add_argument("--epochs", type=count, help="of all others (default: the recipes')")
+    parser.add_argument("--lr", type=float, default=0.001, help="of the second table (default: 0.001)")
+    parser.add_argument("--epochs", type=count, help="for 1,000 pictures a class (default: the recipes')")
     args = parser.parse_args()
-    check_inputs(args.data_dir, args.arch)
+    check_inputs(args.data_dir, args.arch, splits=("train", "val"))
     output_dir = make_output_dir(args.output_dir)
-    make_sets(Path(args.data_dir), output_dir, args.counts, seed=0)
-    epochs = ("--epochs", args.epochs) if args.epochs else ()
+    make_sets(Path(args.data_dir), output_dir, args.counts, args.seeds)
 
-    def run(name: str, pictures: str, arch: str, seed: int, *options) -> tuple[int, int]:
-        folder = output_dir / "runs" / f"{name}-{arch}-{seed}"
-        train(folder, "--data-dir", output_dir / pictures, "--arch", arch, "--seed", seed, *epochs, *options)
-        return test_accuracy(folder)
+    def run(name: str, pictures: str, arch: str, *options, number: int = TRAIN) -> Path:
+        epochs = round((args.epochs or get_arch(arch).recipe.epochs) * math.sqrt(TRAIN / min(number, TRAIN)))
+        batch_size = ("--batch-size", 32) if number < TRAIN else ()
+        folder = output_dir / "runs" / f"{name}-{arch}"
+        train(folder, "--data-dir", output_dir / pictures, "--arch", arch, "--epochs", epochs, *batch_size, *options)
+        return folder
 
     print(f"| {TRAIN:,} pictures a class | test accuracy (95% interval) |\n| --- | --- |", flush=True)
     for arch in (SYSTEM, args.arch):
-        print(f"| `{arch}` | {format_accuracy([run('four', 'four', arch, 0)])} |", flush=True)
+        print(f"| `{arch}` | {format_accuracy([test_accuracy(run('four', 'four', arch))])} |", flush=True)
 
-    source = output_dir / "runs" / "others"
-    train(source, "--data-dir", output_dir / "others", "--arch", args.arch, "--epochs", args.others_epochs)
-    print("\n| pictures a class | from nothing | from the other three emotions |\n| --- | --- | --- |", flush=True)
+    start = ("--weights", run("others", "others", args.arch) / BEST_NAME)
+    print("\n| pictures a class | from nothing | from the other emotions |\n| --- | --- | --- |", flush=True)
     for number in args.counts:
-        cells, pictures = [f"{number:,}"], "four" if number == TRAIN else f"few_{number}"
-        seeds = range(1 if number == TRAIN else args.seeds)
-        cells.append(format_accuracy([run(pictures, pictures, args.arch, seed) for seed in seeds]))
-        start = ("--weights", source / BEST_NAME, "--lr", args.lr)
-        cells.append(format_accuracy([run(f"{pictures}-from", pictures, args.arch, seed, *start) for seed in seeds]))
+        names = [f"few_{number}_{seed}" for seed in range(args.seeds)] if number < TRAIN else ["four"]
+        cells = [f"{min(number, TRAIN):,}"]
+        for way, options in (("nothing", ()), ("others", start)):
+            runs = [run(f"{n}-{way}", n, args.arch, "--lr", args.lr, *options, number=number) for n in names]
+            cells.append(format_accuracy([test_accuracy(folder) for folder in runs]))
         print(f"| {' | '.join(cells)} |", flush=True)
 
 

@@ -39,7 +39,7 @@ from splits import draw_order, load_splits
 from train_emotion_cnn import settle, to_config
 from training_run import Run
 
-ARCHS = ("cnn6_bn", "cnn6_rgb", "cnn4_bn", "cnn4", "mobilenet_v2")
+ARCHS = ("seresnet13", "cnn6_bn", "cnn6_rgb", "cnn4_bn", "cnn4", "mobilenet_v2")
 FER2013 = 28_709  # training pictures
 MATMUL = 4096
 
@@ -276,16 +276,21 @@ def matmul_rate(precision: torch.dtype, device: torch.device) -> float:
     return 2 * MATMUL**3 / min(seconds[1:])
 
 
-def count_operations(settings: dict) -> float:
+def count_multiply_adds(model: nn.Module, side: int) -> int:
+    """Of the convolutions and linear layers, for one picture of `side` x `side` pixels."""
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model.eval()(torch.zeros(1, model.input_spec.channels, side, side))
+    return counter.get_total_flops() // 2
+
+
+def count_operations(settings: dict) -> int:
     """Arithmetic operations of training on one picture: a multiply-add is two, and backward counts twice forward.
 
     The first layer needs no gradient of its input, so that is up to one percent too much.
     """
-    spec = input_spec_for(settings["arch"], settings["image_size"])
-    model = create_model(settings["arch"], 7, image_size=spec.image_size).eval()
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(torch.zeros(1, spec.channels, spec.image_size, spec.image_size))
-    return 3 * counter.get_total_flops()
+    model = create_model(settings["arch"], 7, image_size=settings["image_size"])
+    side = round(parse_augment(settings["augment"]).window * model.input_spec.image_size)
+    return 6 * count_multiply_adds(model, side)
 
 
 def compare(settings: dict, args: argparse.Namespace, device: torch.device) -> str:

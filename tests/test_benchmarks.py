@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from conftest import draw_folder
 
+from benchmarks import speedrun
+
 REPO = Path(__file__).resolve().parent.parent
 
 
@@ -69,39 +71,63 @@ def cells_of(line):
 def test_accuracy(faces):
     one = next((faces / "train" / "sad").iterdir())
     shutil.copy(one, faces / "val" / "sad" / "twin.png")
-    words = ("--data-dir", faces, "--output-dir", faces / "out", "--arch", "cnn4_bn", "--seeds", 2)
-    done = run("accuracy", *words, "--", "--epochs", 1)
+    words = ("--data-dir", faces, "--output-dir", faces / "out", "--arch", "cnn4_bn")
+    done = run("accuracy", *words, "--seeds", 2, "--", "--epochs", 1)
     assert done.returncode == 0, done.stderr
-    cells = cells_of(done.stdout.splitlines()[2])
-    assert cells[:2] == ["cnn4_bn", "--epochs 1`, 1 epochs at 48 pixels, 2 seeds"]
-    assert all(0 <= float(part) <= 100 for cell in cells[2:6] for part in cell.split(" ± "))
-    assert cells[6:9] == ["1.57 M", "28 M", "6.3 MB"]
+    cells = cells_of(done.stdout.splitlines()[4])
+    assert cells[:2] == ["cnn4_bn", "--epochs 1`, 1 epochs, 48 pixels, 2 seeds"]
+    assert all(0 <= float(part) <= 100 for cell in cells[2:6] for part in cell.partition(" (")[0].split(" ± "))
+    assert cells[6:9] == ["1.57 M", "34 M", "6.3 MB"]
     assert done.stdout.splitlines()[-1] == "37 pictures, 36 of them without a twin in train/"
-    again = run("accuracy", *words, "--", "--epochs", 1)  # from what stands there
+    again = run("accuracy", *words, "--seeds", 2, "--", "--epochs", 1)  # from what stands there
     assert again.stdout == done.stdout and "this run is finished" in again.stderr
+    other = run("accuracy", *words)  # the recipe: not what stands there
+    assert other.returncode == 2 and "other options" in other.stderr and "Traceback" not in other.stderr
 
 
 def test_speedrun(faces):
-    words = ("--arch", "cnn4_bn", "--epochs", 1, "--plain", "cnn4_bn", "--minutes", 0.001, "--workers", 0)
+    words = ("--arch", "cnn4_bn", "--epochs", 1, "--plain", "cnn4_bn", "--minutes", 0.001)
     done = run("speedrun", "--data-dir", faces, *words)
     assert done.returncode == 0, done.stderr
     rows = [cells_of(line) for line in done.stdout.splitlines()[4:]]
-    assert [row[0] for row in rows] == ["cnn4_bn`, 1 epochs", "cnn4_bn`, plain loop, at most 20 epochs"]
+    assert [row[0] for row in rows] == ["cnn4_bn`, 1 epochs", "cnn4_bn`, plain loop, recipe of 20 epochs"]
     assert all("not reached" in cell or float(cell) > 0 for row in rows for cell in row[1:])
 
 
+def test_speedrun_tells_when_goals_are_passed():
+    epochs = [(1.0, 0.5), (2.0, 0.61), (3.5, 0.6), (4.0, 0.66), (5.0, 0.7)]
+    assert speedrun.until_goals(epochs, minutes=9) == epochs[:4]
+    assert speedrun.until_goals(epochs, minutes=2.5) == epochs[:3]
+    assert speedrun.format_row("a", epochs[:4]) == "| a | 2.0 | 4.0 |"
+    assert speedrun.format_row("a", epochs[:3]) == "| a | 2.0 | not reached, best 61.0% in 4 minutes |"
+
+
 def test_small_data(faces):
-    words = ("--data-dir", faces, "--output-dir", faces / "out", "--arch", "cnn4_bn", "--counts", 12, "--seeds", 1)
-    done = run("small_data", *words, "--epochs", 1, "--others-epochs", 1)
+    happy, afraid = sorted((faces / "train" / "happy").iterdir()), sorted((faces / "train" / "fear").iterdir())
+    shutil.copy(happy[0], faces / "val" / "happy" / "twin.png")  # in two splits
+    shutil.copy(happy[1], afraid[0])  # under two labels
+    words = ("--data-dir", faces, "--output-dir", faces / "out", "--arch", "cnn4_bn", "--counts", 10, "--seeds", 2)
+    done = run("small_data", *words, "--epochs", 1)
     assert done.returncode == 0, done.stderr
     tables = [cells_of(line) for line in done.stdout.splitlines()]
-    assert [row[0] for row in tables if row[0].startswith("cnn") or row[0].isdigit()] == ["cnn6_bn", "cnn4_bn", "12"]
+    assert [row[0] for row in tables if row[0].startswith("cnn") or row[0].isdigit()] == ["cnn6_bn", "cnn4_bn", "10"]
     assert "last layer" in done.stderr  # whose classes are others
-    names = [path.name for part in ("four", "others") for path in (faces / "out" / part).rglob("*.png")]
-    assert len(names) == 4 * (30 + 6) + 2 * 24
-    digests = {hash(path.read_bytes()) for part in ("four", "others") for path in (faces / "out" / part).rglob("*.png")}
-    assert len(digests) == len(names)  # no picture stands twice
-    assert len(list((faces / "out" / "few_12" / "train").rglob("*.png"))) == 48
+
+    def contents(*parts):
+        return [path.read_bytes() for part in parts for path in (faces / "out" / part).rglob("*.png")]
+
+    apart = contents("four/train", "four/test", "others")
+    assert len(apart) == len(set(apart)) == 4 * (30 + 6) + 2 * 24 - 1  # both twins are gone, one test picture is new
+    few = contents("few_10_0/train", "few_10_1/train")
+    assert len(few) == len(set(few)) == 80 and set(few) <= set(contents("four/train"))
+    assert sorted(contents("few_10_0/test")) == sorted(contents("four/test"))
+
+
+@pytest.mark.parametrize("name", ["accuracy", "speedrun", "small_data"])
+def test_without_val_nothing_is_trained(pictures, name):
+    done = run(name, "--data-dir", pictures)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert len(done.stderr.splitlines()) == 1 and "val" in done.stderr
 
 
 def test_a_mistake_found_in_one_of_the_processes_is_one_line(pictures):
@@ -113,7 +139,7 @@ def test_a_mistake_found_in_one_of_the_processes_is_one_line(pictures):
 @pytest.mark.parametrize(
     "words", [("training_speed", "--rounds", 0), ("prediction_speed", "--pictures", 0), ("memory", "--sizes", -5),
               ("precision", "--arch", "nope"), ("accuracy", "--arch", "nope"), ("speedrun", "--epochs", 0),
-              ("speedrun", "--plain", "nope"), ("small_data", "--counts", 0)]
+              ("speedrun", "--plain", "nope"), ("speedrun", "--plain", "cnn6_rgb"), ("small_data", "--counts", 0)]
 )  # fmt: skip
 def test_a_wrong_flag_is_one_line_before_anything_is_measured(pictures, words):
     done = run(*words, "--data-dir", pictures)

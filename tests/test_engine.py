@@ -383,9 +383,15 @@ def test_temperature_is_found_again(true):
 
 
 def test_temperature_stays_in_bounds():
-    logits = 4 * torch.eye(3)[None]
-    assert fit_temperature(logits, torch.arange(3)) == 0.5  # all right: sharper were always better
-    assert fit_temperature(logits, torch.tensor([1, 2, 0])) == pytest.approx(5, rel=0.01)  # all wrong
+    logits, labels = 4 * torch.eye(4).repeat(1, 25, 1), torch.arange(4).repeat(25)
+    assert fit_temperature(logits, labels) == pytest.approx(0.5, rel=0.01)  # all right: sharper were always better
+    assert fit_temperature(logits, (labels + 1) % 4) == pytest.approx(5, rel=0.01)  # all wrong
+    assert fit_temperature(logits[:, 1:], labels[1:]) == 1.0  # too few to tell
+
+
+def test_temperature_of_a_calibrated_network_is_one():
+    probs = torch.tensor([0.75, 0.25]).log().repeat(100, 1)[None]
+    assert fit_temperature(probs, (torch.arange(100) % 4 == 0).long()) == 1.0
 
 
 # Device, precision, seeds

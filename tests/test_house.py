@@ -23,7 +23,7 @@ MODULES = {  # module: (what it may import at its top, what inside functions as 
     "drawing": ("numpy PIL data", ""),
     "engine": ("models torch tqdm", ""),
     "faces": ("numpy PIL decoding models", "cv2"),
-    "models": ("torch", "torchvision safetensors finetuning"),
+    "models": ("torch", "torchvision safetensors"),
     "reports": ("numpy", "sklearn matplotlib"),
     "splits": ("data models numpy torch", ""),
     "training_run": ("augment checkpoints decoding engine finetuning models splits numpy torch", ""),

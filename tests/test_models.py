@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from checkpoints import load_initial_weights
-from finetuning import freeze, list_stages, load_backbone, train_mode
+from finetuning import freeze, list_stages, load_backbone, load_imagenet_weights, train_mode
 from models import (
     ARCHS,
     Dropout,
@@ -408,7 +408,7 @@ def no_network(tmp_path, monkeypatch):
 @pytest.mark.parametrize("arch", BACKBONES)
 def test_pretrained_without_a_network_says_what_to_do(arch, no_network):
     with pytest.raises(InputError) as caught:
-        create_model(arch, 4, image_size=64, pretrained=True)
+        load_imagenet_weights(create_model(arch, 4, image_size=64))
     message = one_line(caught)
     assert len(no_network) == 1 and no_network[0].startswith("https://") and no_network[0] in message
     assert "--weights" in message and "--no-pretrained" in message and arch in message
@@ -422,7 +422,9 @@ def test_pretrained_takes_the_file_that_torchvision_keeps(no_network, tmp_path):
     kept.parent.mkdir(parents=True)
     state_dict = imagenet_file("resnet18", kept)
     head = head_of(small("resnet18"))
-    assert_backbone_loaded(small("resnet18", pretrained=True), state_dict, head)
+    model = small("resnet18")
+    load_imagenet_weights(model)
+    assert_backbone_loaded(model, state_dict, head)
     assert no_network == []
 
 
@@ -435,14 +437,14 @@ def test_pretrained_with_a_damaged_kept_file_is_one_line(content, no_network, tm
     kept.parent.mkdir(parents=True)
     kept.write_bytes(content)
     with pytest.raises(InputError) as caught:
-        small("resnet18", pretrained=True)
+        load_imagenet_weights(small("resnet18"))
     assert "--weights" in one_line(caught)
 
 
 @pytest.mark.parametrize("arch", SCRATCH)
 def test_pretrained_scratch_network_is_refused(arch):
     with pytest.raises(InputError) as caught:
-        create_model(arch, 4, pretrained=True)
+        load_imagenet_weights(create_model(arch, 4))
     assert "--pretrained" in one_line(caught) and arch in str(caught.value)
 
 

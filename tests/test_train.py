@@ -16,11 +16,10 @@ import pytest
 import torch
 from conftest import draw_folder, draw_picture, run_as_user
 from PIL import Image
-from torch.nn import functional as F
 
 import train_emotion_cnn
-from checkpoints import BEST_NAME, FINAL_NAME, build_model
-from decoding import to_input
+import training_run
+from checkpoints import BEST_NAME, FINAL_NAME
 from models import create_model, input_spec_for
 from predict_emotion import load_model, predict_images, run_script
 from splits import load_splits
@@ -170,7 +169,7 @@ def default_run(tmp_path_factory):
     return folder, out
 
 
-def test_seven_files_are_written_and_named(default_run):
+def test_all_files_are_written_and_named(default_run):
     folder, out = default_run
     assert {path.name for path in folder.iterdir()} == FILES | {"train", "test", "cache"}
     assert all(name in out for name in FILES)
@@ -201,25 +200,27 @@ def test_history_csv(default_run):
         assert row["lr"] == 1e-3 and row["train_loss"] > 0 and row["val_loss"] > 0
 
 
-def test_temperature_is_fitted_on_validation(default_run):
-    folder, _ = default_run
-    best, metrics = load(folder / BEST_NAME), json.loads((folder / "metrics.json").read_text())
-    assert best["temperature"] == metrics["temperature"] != 1.0
-    model = build_model(best)
-    splits = load_splits(folder, model.input_spec, torch.device("cpu"), val_fraction=0.1, seed=0)
-    images, labels = next(splits.val.iterate(100))
-    with torch.no_grad():
-        logits = model(to_input(images, model.input_spec))
-    losses = [F.cross_entropy(logits / (best["temperature"] * factor), labels).item() for factor in (1, 1.1, 0.9)]
-    assert losses[0] == min(losses) or best["temperature"] in (0.5, 5)
-    assert F.cross_entropy(logits, labels).item() == pytest.approx(best["metrics"]["val_loss"], rel=1e-4)
+def test_temperature_is_fitted_on_validation(run, tmp_path):
+    draw_folder(tmp_path / "train", {"happy": 60, "sad": 60})
+    draw_folder(tmp_path / "val", {"happy": 60, "sad": 60})
+    assert run("--data-dir", tmp_path, "--output-dir", tmp_path / "out", *SMALL, "--epochs", 4)[0] == 0
+    best, metrics = load(tmp_path / "out" / BEST_NAME), json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert best["temperature"] == metrics["temperature"] > 1.05  # noise learnt by heart: the network is too certain
+    assert load(tmp_path / "out" / FINAL_NAME)["temperature"] == 1.0
+    assert metrics["uncalibrated"]["loss"] == pytest.approx(best["metrics"]["val_loss"], rel=1e-4)
+    assert metrics["loss"] == metrics["calibration"]["loss"] < metrics["uncalibrated"]["loss"]
+    assert metrics["calibration"]["ece"] < metrics["uncalibrated"]["ece"]
+
+
+def test_temperature_stays_one_with_few_pictures_to_fit_it_on(default_run):
+    assert load(default_run[0] / BEST_NAME)["temperature"] == 1.0
 
 
 def test_what_deploys_names_no_folder_of_the_machine(default_run):
     folder, _ = default_run
     best, final = load(folder / BEST_NAME)["config"], load(folder / FINAL_NAME)["config"]
     assert str(folder) not in str(best) and str(folder) in str(final)
-    assert set(final) - set(best) == {"data_dir", "weights", "cache_dir", "tensorboard"}
+    assert set(final) - set(best) == {"data_dir", "cache_dir", "tensorboard"}
 
 
 def test_a_window_needs_a_network_that_takes_any_size(refuse):
@@ -558,6 +559,47 @@ def test_tensorboard(plain_run, train, tmp_path):
     assert set(events.Tags()["scalars"]) == {"Loss/train", "Loss/val", "Accuracy/train", "Accuracy/val", "lr"}
     assert [event.value for event in events.Scalars("Loss/val")] == pytest.approx([row["val_loss"] for row in rows])
     assert [event.step for event in events.Scalars("lr")] == [1, 2]
+
+
+# The default network and its recipe
+
+
+def test_default_recipe_goes_on_where_it_was_killed(data, run, tmp_path, monkeypatch):
+    """Windows, one-cycle, AdamW, EMA and smoothing: with the same weights as a run that never stopped."""
+    command = ["--data-dir", data, "--epochs", "3", "--batch-size", "8"]
+    assert run(*command, "--output-dir", tmp_path / "whole")[0] == 0
+    save, saved = training_run.Run.save, []
+
+    def save_and_die(self, is_best):
+        save(self, is_best)
+        saved.append(self.epoch)
+        if len(saved) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(training_run.Run, "save", save_and_die)
+    assert run(*command, "--output-dir", tmp_path / "out")[0] == 130
+    monkeypatch.undo()
+    code, out, err = run("--resume", "--output-dir", tmp_path / "out")
+    assert code == 0 and "resumed after epoch 2" in out, err
+    whole, resumed = load(tmp_path / "whole" / FINAL_NAME), load(tmp_path / "out" / FINAL_NAME)
+    assert differing(whole, resumed) == set()
+    config = whole["config"]
+    assert whole["arch"] == train_emotion_cnn.DEFAULT_ARCH == "seresnet13"
+    assert "window" in config["augment"] and (config["schedule"], config["optimizer"]) == ("onecycle", "adamw")
+
+
+def test_default_network_starts_from_weights_of_other_classes(data, run, tmp_path):
+    options = ("--epochs", "1", "--batch-size", "8", "--lr", "1e-9")
+    assert run("--data-dir", data, "--output-dir", tmp_path / "source", *options)[0] == 0
+    source = tmp_path / "source" / BEST_NAME
+    draw_folder(tmp_path / "other" / "train", {"laugh": 8, "weep": 8})
+    code, out, err = run("--data-dir", tmp_path / "other", "--output-dir", tmp_path / "out", *options,
+                         "--weights", source)  # fmt: skip
+    assert code == 0, err
+    assert "[3, 256] there and [2, 256] here" in out
+    old, new = load(source)["state_dict"], load(tmp_path / "out" / FINAL_NAME)["train_state_dict"]
+    torch.testing.assert_close(new["0.weight"], old["0.weight"], atol=1e-6, rtol=0)
+    assert load(tmp_path / "out" / BEST_NAME)["config"]["weights"] == BEST_NAME  # the file's name, not its folder
 
 
 # Starting from weights
