@@ -156,6 +156,13 @@ def test_readme_names_no_flag_that_is_not_there(capsys):
     assert wrong == set()
 
 
+@pytest.mark.parametrize("page", ["README.md", "weights/README.md"])
+def test_links_lead_to_files(page):
+    links = re.findall(r"\]\(([^)#]+)\)", (REPO / page).read_text(encoding="utf-8"))
+    here = [link for link in links if not link.startswith("http")]
+    assert here and [link for link in here if not (REPO / page).parent.joinpath(link).exists()] == []
+
+
 @pytest.mark.parametrize("command", ["train_emotion_cnn", "evaluate_emotion", "predict_emotion"])
 def test_help_shows_every_flag_with_a_text(capsys, command):
     text = help_texts(capsys)[command]

@@ -1,6 +1,7 @@
 """predict_emotion.py: the import API, the command line, and that prediction sees what training saw."""
 
 import csv
+import hashlib
 import json
 import os
 import re
@@ -17,11 +18,12 @@ from PIL import Image
 
 import predict_emotion
 from augment import Strengths, augment
-from checkpoints import BEST_NAME, make_checkpoint, save_checkpoint
+from checkpoints import BEST_NAME, make_checkpoint, read_checkpoint, save_checkpoint
 from data import SAMPLE_SET, FolderImages
 from decoding import to_input
-from models import InputError, InputSpec, create_model
-from predict_emotion import format_bars, load_model, predict_image, predict_images, predict_stream, run_script
+from models import InputError, InputSpec, count_parameters, create_model
+from predict_emotion import BUNDLED, format_bars, load_model, predict_image, predict_images, predict_stream, run_script
+from train_emotion_cnn import DEFAULT_ARCH
 
 REPO = Path(__file__).resolve().parent.parent
 SCRIPT = str(REPO / "predict_emotion.py")
@@ -279,6 +281,19 @@ def test_network_that_comes_along_is_the_last_resort(tmp_path):
     done = command("--info", cwd=elsewhere, script=script)
     assert (done.returncode, done.stderr) == (0, f"using {bundled}\n")
     assert "one, two" in done.stdout
+
+
+def test_the_network_in_this_repository():
+    """It is the default network, small, of known bytes, and tells nothing of the machine that trained it."""
+    content = BUNDLED.read_bytes()
+    checkpoint, card = read_checkpoint(BUNDLED), BUNDLED.with_name("README.md").read_text(encoding="utf-8")
+    assert hashlib.sha256(content).hexdigest() in card
+    assert len(content) <= 12e6 and b"/tmp/" not in content and b"/home/" not in content
+    model, class_names = load_model(BUNDLED, device="cpu")
+    assert class_names == ["angry", "disgust", "fear", "happy", "neutral", "sad", "surprise"]
+    assert model.arch == DEFAULT_ARCH and count_parameters(model) <= 2.9e6
+    assert checkpoint["config"]["seed"] == 0 and checkpoint["temperature"] != 1.0
+    assert {path.name for path in BUNDLED.parent.glob("*.pth")} == {BUNDLED.name}
 
 
 @pytest.mark.parametrize(("trained_on", "expected"), [(SAMPLE_SET, 1), ("faces", 0), ("drawings of mine", 0)])
