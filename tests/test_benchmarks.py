@@ -141,8 +141,8 @@ def test_a_mistake_found_in_one_of_the_processes_is_one_line(pictures):
               ("precision", "--arch", "nope"), ("accuracy", "--arch", "nope"), ("speedrun", "--epochs", 0),
               ("speedrun", "--plain", "nope"), ("speedrun", "--plain", "cnn6_rgb"), ("small_data", "--counts", 0)]
 )  # fmt: skip
-def test_a_wrong_flag_is_one_line_before_anything_is_measured(pictures, words):
-    done = run(*words, "--data-dir", pictures)
+def test_a_wrong_flag_is_one_line_before_anything_is_measured(faces, words):
+    done = run(*words, "--data-dir", faces)
     assert (done.returncode, done.stdout) == (2, "")
     assert len(done.stderr.splitlines()) == 1 and str(words[2]) in done.stderr
 
