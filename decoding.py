@@ -4,6 +4,7 @@
     inputs = to_input(torch.from_numpy(picture)[None], InputSpec())     # float32 (1, C, H, W), normalised
 """
 
+import contextlib
 import io
 import os
 import stat
@@ -30,8 +31,21 @@ def read_image(source, spec: InputSpec) -> np.ndarray:
     transparency is laid on white, 16 bits are reduced to 8, an animation counts as its first frame. Raises
     InputError (a ValueError) with the file's name for whatever can't be decoded in full.
     """
-    try:
+    with _named_errors(source):
         return _to_pixels(_open(source), spec, spec.stored_channels)
+
+
+def read_whole(source) -> np.ndarray:
+    """A picture at its own size as uint8 (H, W, 3) in RGB order; `source` and errors are those of read_image."""
+    with _named_errors(source):
+        return np.asarray(_to_upright(_open(source), channels=3))
+
+
+@contextlib.contextmanager
+def _named_errors(source):
+    """Makes an InputError of whatever goes wrong, with the name of `source` where it is a file."""
+    try:
+        yield
     except InputError:
         raise
     except Exception as error:  # decoders raise anything from SyntaxError to struct.error on damaged files
@@ -65,7 +79,8 @@ def _open(source) -> Image.Image:
     return image
 
 
-def _to_pixels(image: Image.Image, spec: InputSpec, channels: int) -> np.ndarray:
+def _to_upright(image: Image.Image, channels: int) -> Image.Image:
+    """Whole, in mode L or RGB, as its EXIF rotation says."""
     image.load()
     if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
         image = ImageOps.exif_transpose(image)
@@ -77,7 +92,11 @@ def _to_pixels(image: Image.Image, spec: InputSpec, channels: int) -> np.ndarray
     elif image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    image = image.convert("L" if channels == 1 else "RGB")
+    return image.convert("L" if channels == 1 else "RGB")
+
+
+def _to_pixels(image: Image.Image, spec: InputSpec, channels: int) -> np.ndarray:
+    image = _to_upright(image, channels)
     if image.size != (spec.image_size, spec.image_size):
         image = image.resize((spec.image_size, spec.image_size), Image.Resampling.BILINEAR)
     pixels = np.asarray(image)

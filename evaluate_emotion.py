@@ -16,11 +16,12 @@ import numpy as np
 
 import reports
 from checkpoints import read_checkpoint, replace_file
+from console import ArgumentParser, make_output_dir, run_script
 from data import FolderImages
 from decoding import to_input
 from engine import PRECISIONS, evaluate, pick_precision, to_log_probs
+from inference import find_checkpoint, prepare_model
 from models import InputError, printable
-from predict_emotion import ArgumentParser, find_checkpoint, make_output_dir, prepare_model, run_script
 from splits import Batches, split_train_val
 
 

@@ -14,222 +14,37 @@ import argparse
 import glob
 import os
 import sys
-import tempfile
-from collections.abc import Callable, Iterable, Iterator
-from functools import partial
 from pathlib import Path
 
 import numpy as np
-import torch
 from torch import nn
 
-from checkpoints import BEST_NAME, build_model, read_checkpoint, replace_file
-from data import SAMPLE_SET, find_classes, walk_pictures
-from decoding import in_chunks, read_image, to_input
-from engine import keep_freed_memory, limit_threads, memory_format, pick_device
-from models import InputError, InputSpec, count_parameters, printable
+from checkpoints import BEST_NAME, read_checkpoint, replace_file
+from console import ArgumentParser, check_folder_of, make_output_dir, run_script
+from data import find_classes, walk_pictures
+from decoding import read_image
+from faces import INSTALL, LONGEST, SMALLEST
+from inference import (
+    CROP_SIZE,
+    Prediction,
+    View,
+    classify,
+    classify_on_cores,
+    find_checkpoint,
+    load_model,
+    make_finder,
+    predict_faces,
+    predict_image,
+    predict_images,
+    prepare_model,
+    to_prediction,
+)
+from models import InputError, count_parameters, printable
+from overlay import Annotator
 
-BUNDLED = Path(__file__).resolve().parent / "weights" / "emotion_model.pth"
+__all__ = ["load_model", "predict_faces", "predict_image", "predict_images"]  # the public API
 COLUMNS = ["file", "time", "face", "left", "top", "width", "height", "score", "emotion", "confidence"]
 SAMPLES = 20  # pictures in prediction_samples.png
-
-Prediction = tuple[str, float, dict[str, float]]
-
-
-# The public API
-
-
-def find_checkpoint(path: str | Path | None = None) -> Path:
-    """`path`, or where it is None the user's best checkpoint in the current folder, or the network that comes along.
-
-    Says on standard error which one was found; raises InputError where there is none.
-    """
-    if path is not None:
-        return Path(path)
-    for found in (Path(BEST_NAME), BUNDLED):
-        if os.path.isfile(found):
-            print(f"using {printable(found)}", file=sys.stderr)
-            return found
-    raise InputError(f"no {BEST_NAME} here: train one with train_emotion_cnn.py, or name one with --checkpoint PATH")
-
-
-def load_model(path: str | Path | None = None, device: str = "auto") -> tuple[nn.Module, list[str]]:
-    """The network of a checkpoint, in evaluation mode on `device`, and its class names.
-
-    Without `path`: best_emotion_model.pth in the current folder, else weights/emotion_model.pth. The network carries
-    `arch`, `input_spec`, `class_names`, `temperature` and `trained_on`. Raises InputError (a ValueError).
-    """
-    path = find_checkpoint(path)
-    return prepare_model(read_checkpoint(path), path, device)
-
-
-def prepare_model(checkpoint: dict, path: str | Path, device: str = "auto") -> tuple[nn.Module, list[str]]:
-    """What load_model returns, from a checkpoint that was read from `path`; says so where it knows only drawings."""
-    target = pick_device(device)
-    model = build_model(checkpoint, path).to(target, memory_format=memory_format(target))
-    if model.trained_on == SAMPLE_SET:
-        print(f"note: this network was trained on {model.trained_on}; for photos, train on real faces", file=sys.stderr)
-    return model, model.class_names
-
-
-def predict_image(model: nn.Module, image, class_names: list[str]) -> Prediction:
-    """(predicted class, its confidence in percent, dict of class name to percent in class order).
-
-    `image` is a path, a PIL image, or a uint8 array in RGB order (H, W, 3) or gray (H, W); the whole of it is taken
-    as one face. Raises ValueError that names a picture which can't be read.
-    """
-    return predict_images(model, [image], class_names)[0]
-
-
-def predict_images(
-    model: nn.Module, images: Iterable, class_names: list[str], batch_size: int = 64
-) -> list[Prediction]:
-    """`predict_image` for many pictures, in batches; the same three for each, in the order given."""
-    if isinstance(images, str | os.PathLike | np.ndarray):
-        raise InputError("predict_images takes a list of pictures; for one, call predict_image")
-    if len(class_names) != model.num_classes:
-        raise InputError(f"the network has {model.num_classes} classes, but class_names has {len(class_names)}")
-    predictions = []
-    for pixels, _ in _decode_ahead(list(images), model.input_spec, batch_size, on_error=None):
-        predictions += [_to_prediction(row, class_names) for row in predict_probs(model, pixels)]
-    return predictions
-
-
-@torch.inference_mode()
-def predict_probs(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
-    """uint8 (N, C, H, W) as `read_image` makes them -> probabilities float32 (N, num_classes) on the CPU."""
-    device = next(model.parameters()).device
-    inputs = to_input(images.to(device), model.input_spec).contiguous(memory_format=memory_format(device))
-    return torch.softmax(model(inputs).float() / getattr(model, "temperature", 1.0), dim=1).cpu()
-
-
-def _to_prediction(probs: torch.Tensor, class_names: list[str]) -> Prediction:
-    all_probs = {name: 100 * value for name, value in zip(class_names, probs.tolist(), strict=True)}
-    best = max(all_probs, key=all_probs.get)
-    return best, all_probs[best], all_probs
-
-
-def _decode_ahead(
-    sources: list, spec: InputSpec, batch_size: int, *, on_error: Callable[[object, str], None] | None
-) -> Iterator[tuple[torch.Tensor, list]]:
-    """Yields (images uint8 (n, C, H, W), their sources); the next batch is decoded while the network works.
-
-    A picture that can't be read goes to `on_error(source, message)` and is left out; None raises instead.
-    """
-    waiting = []
-    decode = partial(_decode, spec=spec, raises=on_error is None)
-    for _, results in in_chunks(sources, decode, 8, ahead=2 * batch_size):
-        for source, result in results:
-            if isinstance(result, str):
-                on_error(source, result)
-            else:
-                waiting.append((source, result))
-        while len(waiting) >= batch_size:
-            yield _to_batch(waiting[:batch_size])
-            del waiting[:batch_size]
-    if waiting:
-        yield _to_batch(waiting)
-
-
-def _decode(sources: list, spec: InputSpec, *, raises: bool = False) -> list[tuple[object, np.ndarray | str]]:
-    """(source, its pixels) of each; for one that can't be read the message stands there, unless it is raised."""
-    results = []
-    for source in sources:
-        try:
-            results.append((source, read_image(source, spec)))
-        except InputError as error:
-            if raises:
-                raise
-            results.append((source, str(error)))
-    return results
-
-
-def _to_batch(pairs: list[tuple[object, np.ndarray]]) -> tuple[torch.Tensor, list]:
-    return torch.from_numpy(np.stack([pixels for _, pixels in pairs])), [source for source, _ in pairs]
-
-
-def predict_stream(
-    model: nn.Module, sources: list, batch_size: int, on_error: Callable[[object, str], None]
-) -> Iterator[tuple[list, torch.Tensor]]:
-    """Yields (sources, probs) in order, as the pictures are read; for scripts, since it sets torch's threads.
-
-    On the CPU every core takes a share of the batch and works it through on its own, decoding included: with small
-    networks cores that share one batch wait for each other, and for whichever of them decodes.
-    """
-    threads = torch.get_num_threads()
-    if len(sources) == 1 or next(model.parameters()).device.type != "cpu":
-        for pixels, good in _decode_ahead(sources, model.input_spec, batch_size, on_error=on_error):
-            yield good, predict_probs(model, pixels)
-        return
-
-    def work(chunk: list) -> tuple[list, list, torch.Tensor | None]:
-        results = _decode(chunk, model.input_spec)
-        pairs = [pair for pair in results if not isinstance(pair[1], str)]
-        pixels, good = _to_batch(pairs) if pairs else (None, [])
-        bad = [pair for pair in results if isinstance(pair[1], str)]
-        return bad, good, predict_probs(model, pixels) if pairs else None
-
-    torch.set_num_threads(1)  # for the threads that start from here on
-    try:
-        for _, (bad, good, probs) in in_chunks(sources, work, max(1, batch_size // threads), workers=threads):
-            for source, message in bad:
-                on_error(source, message)
-            if good:
-                yield good, probs
-    finally:
-        torch.set_num_threads(threads)
-
-
-# The command line
-
-
-def run_script(main: Callable[[], int | None]) -> None:
-    """Runs a script's `main`: exit code 2 and one line for the user's mistakes, 130 for Ctrl-C."""
-    limit_threads()
-    keep_freed_memory()
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # notebooks have streams of their own
-            stream.reconfigure(errors="replace")  # a terminal that can't show a bar or a name still shows the rest
-    try:
-        sys.exit(main())
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except BrokenPipeError:  # `| head` has read enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
-
-
-class ArgumentParser(argparse.ArgumentParser):
-    """argparse's, but a wrong flag gets one line instead of the whole usage, and a part of a flag is a wrong one."""
-
-    def __init__(self, **options):
-        super().__init__(**{"allow_abbrev": False, **options})
-
-    def error(self, message: str):
-        self.exit(2, f"error: {message}\n")
-
-
-def make_output_dir(path: str | Path, flag: str = "--output-dir") -> Path:
-    """The folder that `flag` names, made where it is missing; InputError where nothing can be written to it."""
-    path = Path(path)
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path):
-            return path
-    except OSError as error:
-        raise InputError(f"can't write to {flag} {path}: {error.strerror}") from None
-
-
-def check_folder_of(path: Path) -> None:
-    """InputError where --output could not be written, before the work is done for it."""
-    try:
-        with tempfile.TemporaryFile(dir=path.parent):
-            pass
-    except OSError as error:
-        raise InputError(f"can't write --output {path}: {error.strerror}") from None
 
 
 def get_args_parser() -> ArgumentParser:
@@ -240,6 +55,14 @@ def get_args_parser() -> ArgumentParser:
                         "weights/emotion_model.pth)")  # fmt: skip
     parser.add_argument("--show-all", action="store_true", help="every probability, as a bar")
     parser.add_argument("--output", metavar="FILE", help="also write the predictions to FILE, .csv or .json")
+    parser.add_argument("--faces", choices=("auto", "on", "off"), default="auto", help="on: every face that OpenCV "
+                        "finds; off: the whole picture as one; auto: faces, but pictures of at most "
+                        f"{CROP_SIZE} pixels whole (default: auto)")  # fmt: skip
+    parser.add_argument("--min-face", type=int, metavar="PIXELS", help="the smallest face to look for (default: "
+                        f"{SMALLEST}, in a picture of at most {LONGEST})")  # fmt: skip
+    parser.add_argument("--yunet", metavar="FILE", help="YuNet's .onnx file, to find faces with in the place of "
+                        "OpenCV's cascade")  # fmt: skip
+    parser.add_argument("--annotate", metavar="DIR", help="write the pictures there, with boxes, labels and bars")
     parser.add_argument("--info", action="store_true", help="print what the checkpoint is, and stop")
     parser.add_argument("--data-dir", metavar="DIR", default=".", help="its test/ is sampled where no picture is named "
                         "(default: .)")  # fmt: skip
@@ -263,7 +86,7 @@ def find_pictures(inputs: list[str]) -> list[str]:
             kind = "no pictures in the folder" if os.path.isdir(item) else "no file or pattern match"
             raise InputError(f"{kind}: {item}")
         found += pictures
-    return found
+    return list(dict.fromkeys(found))  # folders and patterns may overlap
 
 
 def format_bars(all_probs: dict[str, float]) -> list[str]:
@@ -273,16 +96,30 @@ def format_bars(all_probs: dict[str, float]) -> list[str]:
     return [row.rstrip() for row in rows]
 
 
-def print_prediction(name: str | None, prediction: Prediction, show_all: bool) -> None:
-    """One picture (`name` None) as a block; one of many as a line with its name, and bars below it."""
+def describe_view(view: View) -> str:
+    """Which part of the picture was classified, or that none was; empty where it was small anyway."""
+    if view.kind == "face":
+        left, top, width, height = view.face.box
+        return f"face {view.number} at {left}, {top}, {width} x {height} pixels"
+    return {"whole": "whole picture", "crop": "", "none": "no face found"}[view.kind]
+
+
+def print_prediction(view: View, prediction: Prediction | None, *, is_single: bool, show_all: bool) -> None:
+    """The only picture as a block; one of many as a line with its name, and bars below it."""
+    part = describe_view(view)
+    if prediction is None:
+        print(part.capitalize() if is_single else f"{printable(view.source)}: {part}")
+        return
     emotion, confidence, all_probs = prediction
-    if name is None:
+    if is_single:
         rule = "=" * 50
-        print(f"{rule}\nPredicted Emotion: {emotion.upper()}\nConfidence: {confidence:.2f}%\n{rule}")
+        where = f"{part.capitalize()}\n" if view.kind == "face" else ""
+        print(f"{rule}\n{where}Predicted Emotion: {emotion.upper()}\nConfidence: {confidence:.2f}%\n{rule}")
         if show_all:
             print("\nAll emotion probabilities:", *format_bars(all_probs), sep="\n")
         return
-    print(f"{printable(name)}: {emotion} {confidence:.2f}%")
+    where = f", {part}" if part else ""
+    print(f"{printable(view.source)}{where}: {emotion} {confidence:.2f}%")
     if show_all:
         print(*("  " + line for line in format_bars(all_probs)), sep="\n")
 
@@ -319,33 +156,59 @@ def write_rows(rows: list[dict], columns: list[str], path: Path) -> None:
     replace_file(path, write)
 
 
+def to_row(view: View, prediction: Prediction | None, class_columns: dict[str, str]) -> dict:
+    """A row of --output: `face` is a face's number, "whole" for a whole picture, "none" where there is no face."""
+    row = {"file": view.source, "face": {"crop": "whole"}.get(view.kind, view.kind)}
+    if view.face:
+        row |= dict(zip(("left", "top", "width", "height"), view.face.box, strict=True))
+        row |= {"face": view.number, "score": round(view.face.score, 4)}
+    if prediction:
+        emotion, confidence, all_probs = prediction
+        row |= {"emotion": emotion, "confidence": round(confidence, 4)}
+        row |= {class_columns[name]: round(value, 4) for name, value in all_probs.items()}
+    return row
+
+
 def predict_files(model: nn.Module, class_names: list[str], args: argparse.Namespace) -> int:
     """Predicts and prints `args.inputs`; returns the exit code, 2 where nothing could be read."""
     paths = find_pictures(args.inputs)
     is_single = len(paths) == 1 and not os.path.isdir(args.inputs[0])
     class_columns = {name: f"{name} (class)" if name in COLUMNS else name for name in class_names}
-    rows, unreadable, done = [], [], 0
+    rows, unreadable, kinds = [], [], []
+    annotate = Annotator(args.annotate) if args.annotate else None
 
     def on_error(_, message: str) -> None:
         unreadable.append(message)
         print(f"error: {message}" if is_single else message, file=sys.stderr)
 
-    for sources, batch in predict_stream(model, paths, args.batch_size, on_error):
-        for path, probs in zip(sources, batch, strict=True):
-            prediction = _to_prediction(probs, class_names)
-            print_prediction(None if is_single else path, prediction, args.show_all)
-            done += 1
-            if args.output:
-                emotion, confidence, all_probs = prediction
-                rows.append({"file": path, "emotion": emotion, "confidence": round(confidence, 4)}
-                            | {class_columns[name]: round(value, 4) for name, value in all_probs.items()})  # fmt: skip
+    find = make_finder(model.input_spec, args.faces, min_size=args.min_face, yunet=args.yunet)
+    for view, probs in classify_on_cores(model, paths, find, args.batch_size, on_error):
+        prediction = None if probs is None else to_prediction(probs, class_names)
+        print_prediction(view, prediction, is_single=is_single, show_all=args.show_all)
+        kinds.append((view.source, view.kind))
+        if args.output:
+            rows.append(to_row(view, prediction, class_columns))
+        if annotate:
+            annotate(view.source, view.face, prediction)
+    if annotate:
+        annotate.close()
     if rows:
         write_rows(rows, [*COLUMNS, *class_columns.values()], Path(args.output))
         print(f"written to {printable(args.output)}", file=sys.stderr)
+    if args.faces == "auto" and any(kind == "whole" for _, kind in kinds):
+        print(f"whole pictures were classified, since OpenCV is missing; {INSTALL}", file=sys.stderr)
     if not is_single:
-        left_out = f", {len(unreadable):,} could not be read" if unreadable else ""
-        print(f"{done:,} pictures{left_out}", file=sys.stderr)
-    return 0 if done else 2
+        print(summarise(kinds, unreadable), file=sys.stderr)
+    return 0 if kinds else 2
+
+
+def summarise(kinds: list[tuple[str, str]], unreadable: list[str]) -> str:
+    """How many pictures were read, with how many faces, and how many were not."""
+    faces, without = (sum(kind == name for _, kind in kinds) for name in ("face", "none"))
+    parts = [f"{len({source for source, _ in kinds}):,} pictures"]
+    parts += [f"{faces:,} faces"] * bool(faces) + [f"{without:,} without a face"] * bool(without)
+    parts += [f"{len(unreadable):,} could not be read"] * bool(unreadable)
+    return ", ".join(parts)
 
 
 def draw_samples(model: nn.Module, class_names: list[str], args: argparse.Namespace) -> None:
@@ -360,12 +223,12 @@ def draw_samples(model: nn.Module, class_names: list[str], args: argparse.Namesp
     shuffled = [[pictures[index] for index in rng.permutation(len(pictures))] for pictures in by_class]
     turns = [pictures[turn] for turn in range(SAMPLES) for pictures in shuffled if turn < len(pictures)]
     samples, names = [], dict(turns[:SAMPLES])
-    decoded = _decode_ahead(list(names), model.input_spec, args.batch_size, on_error=lambda _, message: print(message))
-    for pixels, sources in decoded:
-        for path, image, probs in zip(sources, pixels.numpy(), predict_probs(model, pixels), strict=True):
-            emotion, confidence, _ = _to_prediction(probs, class_names)
-            picture = image[0] if len(image) == 1 else image.transpose(1, 2, 0)
-            samples.append((picture, names[path], emotion, confidence))
+    find = make_finder(model.input_spec)
+    for view, probs in classify(model, list(names), find, args.batch_size, lambda _, message: print(message)):
+        emotion, confidence, _ = to_prediction(probs, class_names)
+        image = read_image(view.source, model.input_spec)
+        picture = image[0] if len(image) == 1 else image.transpose(1, 2, 0)
+        samples.append((picture, names[view.source], emotion, confidence))
     if not samples:
         raise InputError(f"no picture in {folder} can be read")
     right = sum(true == emotion for _, true, emotion, _ in samples)
@@ -381,6 +244,8 @@ def main(argv: list[str] | None = None) -> int | None:
         raise InputError(f"--batch-size must be at least 1, not {args.batch_size}")
     if args.output and Path(args.output).suffix.lower() not in (".csv", ".json"):
         raise InputError(f"--output {args.output}: the name must end in .csv or .json")
+    if args.min_face is not None and args.min_face < 1:
+        raise InputError(f"--min-face must be at least 1, not {args.min_face}")
     if args.output:
         check_folder_of(Path(args.output))
     path = find_checkpoint(args.checkpoint)

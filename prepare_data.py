@@ -29,9 +29,9 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from console import ArgumentParser, run_script
 from data import EXTENSIONS
 from models import InputError, printable
-from predict_emotion import ArgumentParser, run_script
 
 CSV_CLASSES = {"0": "angry", "1": "disgust", "2": "fear", "3": "happy", "4": "sad", "5": "surprise", "6": "neutral"}
 SPELLINGS = {name: name for name in CSV_CLASSES.values()} | {"anger": "angry", "disgusted": "disgust",

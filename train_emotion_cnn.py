@@ -21,9 +21,9 @@ import torch
 import reports
 from augment import parse_augment
 from checkpoints import BEST_NAME, FINAL_NAME, build_model, read_checkpoint, replace_file, save_checkpoint
+from console import ArgumentParser, make_output_dir, run_script
 from engine import OPTIMIZERS, PRECISIONS, SCHEDULES, fit_temperature, memory_format, pick_device, to_log_probs
 from models import InputError, count_parameters, get_arch, input_spec_for, list_archs, printable
-from predict_emotion import ArgumentParser, make_output_dir, run_script
 from splits import load_splits
 from training_run import FREE_ON_RESUME, HISTORY_NAME, PATHS, Run, write_history
 

@@ -20,11 +20,12 @@ import reports
 from benchmarks import check_inputs, count, train
 from benchmarks.training_speed import count_multiply_adds, describe
 from checkpoints import BEST_NAME
+from console import ArgumentParser, make_output_dir, run_script
 from data import FolderImages
 from decoding import to_input
 from engine import evaluate, pick_device, to_log_probs
+from inference import load_model
 from models import InputError, count_parameters, list_archs
-from predict_emotion import ArgumentParser, load_model, make_output_dir, run_script
 from splits import Batches
 
 HEAD = """| arch | training | accuracy (95% interval) | with `--tta` | macro F1 | no twin in train | parameters | \

@@ -17,9 +17,9 @@ from pathlib import Path
 import torch
 
 from benchmarks import REPO, check_inputs, count
+from console import ArgumentParser, run_script
 from engine import keep_freed_memory
 from models import InputError, InputSpec
-from predict_emotion import ArgumentParser, run_script
 from splits import draw_order, load_splits
 
 

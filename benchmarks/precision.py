@@ -7,7 +7,7 @@ import statistics
 import tempfile
 
 from benchmarks import check_inputs, count, train
-from predict_emotion import ArgumentParser, run_script
+from console import ArgumentParser, run_script
 
 
 def val_accuracy(args, precision: str, seed: int) -> float:

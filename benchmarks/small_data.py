@@ -22,9 +22,9 @@ import numpy as np
 
 from benchmarks import check_inputs, count, train
 from checkpoints import BEST_NAME
+from console import ArgumentParser, make_output_dir, run_script
 from data import FolderImages
 from models import InputError, InputSpec, get_arch
-from predict_emotion import ArgumentParser, make_output_dir, run_script
 from reports import wilson_interval
 from train_emotion_cnn import DEFAULT_ARCH
 

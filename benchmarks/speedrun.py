@@ -20,9 +20,9 @@ import torch
 
 from benchmarks import check_inputs, count, train
 from benchmarks.training_speed import describe, fastest_plain, plain_loader, plain_model, plain_step
+from console import ArgumentParser, run_script
 from engine import limit_threads, make_scheduler, pick_device
 from models import InputError
-from predict_emotion import ArgumentParser, run_script
 from train_emotion_cnn import DEFAULT_ARCH, settle
 
 GOALS = (0.60, 0.65)

@@ -31,10 +31,10 @@ from torchvision import datasets, transforms
 
 from augment import Strengths, parse_augment
 from benchmarks import check_inputs, count
+from console import ArgumentParser, run_script
 from engine import PRECISIONS, keep_freed_memory, limit_threads, pick_device, pick_precision, train_one_epoch
 from finetuning import train_mode
 from models import Dropout, InputError, InputSpec, create_model, get_arch, input_spec_for
-from predict_emotion import ArgumentParser, run_script
 from splits import draw_order, load_splits
 from train_emotion_cnn import settle, to_config
 from training_run import Run

@@ -17,8 +17,10 @@ from PIL import Image
 import evaluate_emotion
 import train_emotion_cnn
 from checkpoints import BEST_NAME, save_checkpoint
+from console import run_script
 from decoding import read_image
-from predict_emotion import load_model, predict_probs, run_script
+from inference import predict_probs
+from predict_emotion import load_model
 
 REPO = Path(__file__).resolve().parent.parent
 NAMES = ["angry", "happy", "sad"]

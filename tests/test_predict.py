@@ -19,10 +19,12 @@ from PIL import Image
 import predict_emotion
 from augment import Strengths, augment
 from checkpoints import BEST_NAME, make_checkpoint, read_checkpoint, save_checkpoint
+from console import run_script
 from data import SAMPLE_SET, FolderImages
 from decoding import to_input
+from inference import BUNDLED, classify_on_cores, make_finder
 from models import InputError, InputSpec, count_parameters, create_model
-from predict_emotion import BUNDLED, format_bars, load_model, predict_image, predict_images, predict_stream, run_script
+from predict_emotion import format_bars, load_model, predict_image, predict_images
 from train_emotion_cnn import DEFAULT_ARCH
 
 REPO = Path(__file__).resolve().parent.parent
@@ -58,7 +60,7 @@ def loaded(checkpoint):
 
 @pytest.fixture
 def photo(tmp_path):
-    draw_picture(5, 100, "RGB").resize((120, 90)).save(tmp_path / "photo.png")
+    draw_picture(5, 100, "RGB").resize((100, 75)).save(tmp_path / "photo.png")
     return tmp_path / "photo.png"
 
 
@@ -239,13 +241,13 @@ def test_stream_keeps_order_and_threads(loaded, tmp_path):
     draw_folder(tmp_path / "many", {"happy": 41})
     paths = sorted(str(path) for path in (tmp_path / "many" / "happy").iterdir())
     Path(paths[7]).write_bytes(b"broken")
-    threads, found, bad = torch.get_num_threads(), [], []
-    for sources, probs in predict_stream(model, paths, 8, lambda source, _: bad.append(source)):
-        found += zip(sources, probs, strict=True)
+    threads, bad = torch.get_num_threads(), []
+    finder = make_finder(model.input_spec)
+    found = list(classify_on_cores(model, paths, finder, 8, lambda source, _: bad.append(source)))
     assert torch.get_num_threads() == threads
-    assert bad == [paths[7]] and [source for source, _ in found] == paths[:7] + paths[8:]
-    for path, probs in found:
-        expected = torch.tensor(list(predict_image(model, path, names)[2].values())) / 100
+    assert bad == [paths[7]] and [view.source for view, _ in found] == paths[:7] + paths[8:]
+    for view, probs in found:
+        expected = torch.tensor(list(predict_image(model, view.source, names)[2].values())) / 100
         assert torch.allclose(probs, expected, atol=1e-6)
 
 
@@ -348,7 +350,8 @@ def test_the_script_itself(checkpoint, loaded, tmp_path, photo):
     prediction = predict_image(loaded[0], target, NAMES)
     assert (done.returncode, done.stderr) == (0, f"using {BEST_NAME}\n")
     assert done.stdout.startswith(block(prediction)) and done.stdout.count("█") >= 50
-    done = command("Müller 1.png", "Müller 1.png", "--show-all", cwd=folder, PYTHONIOENCODING="ascii")
+    shutil.copy(target, folder / "Müller 2.png")
+    done = command("Müller 1.png", "Müller 2.png", "--show-all", cwd=folder, PYTHONIOENCODING="ascii")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count(prediction[0]) == 4
 
@@ -374,6 +377,7 @@ def test_folders_patterns_and_several_files(run, loaded, tmp_path, monkeypatch):
     several = [os.path.join("pictures", "a", "a_001.png"), os.path.join("pictures", "b", "odd[1].png")]
     assert predicted_lines(run(*several)[1]) == {path: expected[path] for path in several}
     assert run(several[1])[1].startswith("=" * 50)
+    assert run("pictures", *several)[2] == "6 pictures\n"  # named twice, predicted once
     code, out, _ = run("pictures", "--show-all", "--batch-size", "2")
     assert code == 0 and out.count("%") == 6 * (1 + len(NAMES))
 
@@ -395,15 +399,17 @@ def test_tables(run, loaded, tmp_path):
             assert row["emotion"] == emotion
             assert float(row["confidence"]) == pytest.approx(confidence, abs=1e-3)
             assert {name: float(row[name]) for name in NAMES} == pytest.approx(all_probs, abs=1e-3)
-            assert {row[name] for name in COLUMNS[1:8]} == {empty}
+            assert row["face"] == "whole"
+            assert {row[name] for name in COLUMNS[1:8] if name != "face"} == {empty}
     assert sorted(path.name for path in tmp_path.iterdir()) == ["größe, klein", "model.pth", "p.CSV", "p.json"]
 
 
 def test_unreadable_among_good_ones(run, photo, tmp_path):
     (tmp_path / "broken.jpg").write_bytes(b"no picture")
-    code, out, err = run(photo, tmp_path / "broken.jpg", photo, "--output", tmp_path / "p.csv")
+    other = shutil.copy(photo, tmp_path / "other.png")
+    code, out, err = run(photo, tmp_path / "broken.jpg", other, "--output", tmp_path / "p.csv")
     assert code == 0
-    assert list(predicted_lines(out)) == [str(photo)] and out.count("\n") == 2
+    assert list(predicted_lines(out)) == [str(photo), str(other)]
     assert str(tmp_path / "broken.jpg") in err and "2 pictures, 1 could not be read" in err
     assert (tmp_path / "p.csv").read_text(encoding="utf-8").count("\n") == 3
 

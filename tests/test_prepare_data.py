@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 import prepare_data
-from predict_emotion import run_script
+from console import run_script
 
 REPO = Path(__file__).resolve().parent.parent
 CLASSES = ["angry", "disgust", "fear", "happy", "sad", "surprise", "neutral"]  # in the order of the CSV's numbers

@@ -20,8 +20,9 @@ from PIL import Image
 import train_emotion_cnn
 import training_run
 from checkpoints import BEST_NAME, FINAL_NAME
+from console import run_script
 from models import create_model, input_spec_for
-from predict_emotion import load_model, predict_images, run_script
+from predict_emotion import load_model, predict_images
 from splits import load_splits
 
 REPO = Path(__file__).resolve().parent.parent

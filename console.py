@@ -1,0 +1,60 @@
+"""What the scripts share as command lines: one line for a user's mistake, exit codes, folders to write to."""
+
+import argparse
+import os
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from engine import keep_freed_memory, limit_threads
+from models import InputError
+
+
+def run_script(main: Callable[[], int | None]) -> None:
+    """Runs a script's `main`: exit code 2 and one line for the user's mistakes, 130 for Ctrl-C."""
+    limit_threads()
+    keep_freed_memory()
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # notebooks have streams of their own
+            stream.reconfigure(errors="replace")  # a terminal that can't show a bar or a name still shows the rest
+    try:
+        sys.exit(main())
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:  # `| head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse's, but a wrong flag gets one line instead of the whole usage, and a part of a flag is a wrong one."""
+
+    def __init__(self, **options):
+        super().__init__(**{"allow_abbrev": False, **options})
+
+    def error(self, message: str):
+        self.exit(2, f"error: {message}\n")
+
+
+def make_output_dir(path: str | Path, flag: str = "--output-dir") -> Path:
+    """The folder that `flag` names, made where it is missing; InputError where nothing can be written to it."""
+    path = Path(path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            return path
+    except OSError as error:
+        raise InputError(f"can't write to {flag} {path}: {error.strerror}") from None
+
+
+def check_folder_of(path: Path) -> None:
+    """InputError where --output could not be written, before the work is done for it."""
+    try:
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise InputError(f"can't write --output {path}: {error.strerror}") from None

@@ -1,0 +1,240 @@
+"""A trained network at work: from a checkpoint to the emotions in pictures. predict_emotion.py hands this on to users.
+
+    model, class_names = load_model("best_emotion_model.pth")
+    predicted_class, confidence, all_probs = predict_image(model, "photo.jpg", class_names)
+"""
+
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from checkpoints import BEST_NAME, build_model, read_checkpoint
+from data import SAMPLE_SET
+from decoding import in_chunks, read_image, read_whole, to_input
+from engine import memory_format, pick_device
+from faces import Face, crop_face, find_faces, has_opencv, load_opencv
+from models import InputError, InputSpec, printable
+
+CROP_SIZE = 100  # pixels; a picture of no longer side is taken for the crop of a face
+BUNDLED = Path(__file__).resolve().parent / "weights" / "emotion_model.pth"
+
+Prediction = tuple[str, float, dict[str, float]]
+
+
+def find_checkpoint(path: str | Path | None = None) -> Path:
+    """`path`, or where it is None the user's best checkpoint in the current folder, or the network that comes along.
+
+    Says on standard error which one was found; raises InputError where there is none.
+    """
+    if path is not None:
+        return Path(path)
+    for found in (Path(BEST_NAME), BUNDLED):
+        if os.path.isfile(found):
+            print(f"using {printable(found)}", file=sys.stderr)
+            return found
+    raise InputError(f"no {BEST_NAME} here: train one with train_emotion_cnn.py, or name one with --checkpoint PATH")
+
+
+def load_model(path: str | Path | None = None, device: str = "auto") -> tuple[nn.Module, list[str]]:
+    """The network of a checkpoint, in evaluation mode on `device`, and its class names.
+
+    Without `path`: best_emotion_model.pth in the current folder, else weights/emotion_model.pth. The network carries
+    `arch`, `input_spec`, `class_names`, `temperature` and `trained_on`. Raises InputError (a ValueError).
+    """
+    path = find_checkpoint(path)
+    return prepare_model(read_checkpoint(path), path, device)
+
+
+def prepare_model(checkpoint: dict, path: str | Path, device: str = "auto") -> tuple[nn.Module, list[str]]:
+    """What load_model returns, from a checkpoint that was read from `path`; says so where it knows only drawings."""
+    target = pick_device(device)
+    model = build_model(checkpoint, path).to(target, memory_format=memory_format(target))
+    if model.trained_on == SAMPLE_SET:
+        print(f"note: this network was trained on {model.trained_on}; for photos, train on real faces", file=sys.stderr)
+    return model, model.class_names
+
+
+def predict_image(model: nn.Module, image, class_names: list[str]) -> Prediction:
+    """(predicted class, its confidence in percent, dict of class name to percent in class order).
+
+    `image` is a path, a PIL image, or a uint8 array in RGB order (H, W, 3) or gray (H, W); the whole of it is taken
+    as one face. Raises ValueError that names a picture which can't be read.
+    """
+    return predict_images(model, [image], class_names)[0]
+
+
+def predict_images(
+    model: nn.Module, images: Iterable, class_names: list[str], batch_size: int = 64
+) -> list[Prediction]:
+    """`predict_image` for many pictures, in batches; the same three for each, in the order given."""
+    if isinstance(images, str | os.PathLike | np.ndarray):
+        raise InputError("predict_images takes a list of pictures; for one, call predict_image")
+    _check_classes(model, class_names)
+    found = classify(model, list(images), make_finder(model.input_spec), batch_size)
+    return [to_prediction(probs, class_names) for _, probs in found]
+
+
+def predict_faces(
+    model: nn.Module,
+    image,
+    class_names: list[str],
+    *,
+    min_size: int | None = None,
+    yunet: str | Path | None = None,
+) -> list[dict]:
+    """Every face in a picture, the largest first; an empty list where there is none. Needs OpenCV.
+
+    Each is {"box": (left, top, width, height) in pixels, "score": the detector's own, "emotion", "confidence" in
+    percent, "probs": class name to percent}. `image` as for predict_image, `min_size` and `yunet` as for
+    faces.find_faces. Raises ValueError where the picture can't be read or OpenCV is missing.
+    """
+    _check_classes(model, class_names)
+    found = classify(model, [image], make_finder(model.input_spec, "on", min_size=min_size, yunet=yunet))
+    results = []
+    for view, probs in found:
+        if view.face:
+            emotion, confidence, all_probs = to_prediction(probs, class_names)
+            results.append({"box": view.face.box, "score": view.face.score, "emotion": emotion,
+                            "confidence": confidence, "probs": all_probs})  # fmt: skip
+    return results
+
+
+def _check_classes(model: nn.Module, class_names: list[str]) -> None:
+    if len(class_names) != model.num_classes:
+        raise InputError(f"the network has {model.num_classes} classes, but class_names has {len(class_names)}")
+
+
+@torch.inference_mode()
+def predict_probs(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
+    """uint8 (N, C, H, W) as `read_image` makes them -> probabilities float32 (N, num_classes) on the CPU."""
+    device = next(model.parameters()).device
+    inputs = to_input(images.to(device), model.input_spec).contiguous(memory_format=memory_format(device))
+    return torch.softmax(model(inputs).float() / getattr(model, "temperature", 1.0), dim=1).cpu()
+
+
+def to_prediction(probs: torch.Tensor, class_names: list[str]) -> Prediction:
+    all_probs = {name: 100 * value for name, value in zip(class_names, probs.tolist(), strict=True)}
+    best = max(all_probs, key=all_probs.get)
+    return best, all_probs[best], all_probs
+
+
+# What is classified in a picture: the whole of it, or its faces
+
+
+@dataclass(frozen=True)
+class View:
+    """What is classified of `source`: kind "face", one of its faces, the largest of which has number 1; "whole", all of
+    it; "crop", all of it because it is small; or "none": it has no face."""
+
+    source: object
+    kind: str = "whole"
+    number: int = 0
+    face: Face | None = None
+
+
+Finder = Callable[[object], list[tuple[View, np.ndarray | None]]]
+
+
+def make_finder(
+    spec: InputSpec, faces: str = "off", *, min_size: int | None = None, yunet: str | Path | None = None
+) -> Finder:
+    """A function from a picture to its views, each with pixels uint8 (C, H, W) as the network eats them.
+
+    faces "off" takes the whole picture, "on" every face in it, "auto" every face but the whole of pictures of at most
+    100 pixels, which are crops of faces already, and of all where OpenCV is missing. A picture without a face is one
+    view without pixels. Raises InputError where faces is "on" and OpenCV is missing.
+    """
+    if faces == "on":
+        load_opencv()
+    is_blind = faces == "auto" and not has_opencv()
+
+    def find(source) -> list[tuple[View, np.ndarray | None]]:
+        if faces == "off":
+            return [(View(source), read_image(source, spec))]
+        pixels = read_whole(source)
+        if faces == "auto" and max(pixels.shape[:2]) <= CROP_SIZE:
+            return [(View(source, "crop"), read_image(pixels, spec))]
+        if is_blind:
+            return [(View(source), read_image(pixels, spec))]
+        views = []
+        for number, face in enumerate(find_faces(pixels, min_size=min_size, yunet=yunet), 1):
+            views.append((View(source, "face", number, face), read_image(crop_face(pixels, face), spec)))
+        return views or [(View(source, "none"), None)]
+
+    return find
+
+
+def _find_all(sources: list, find: Finder) -> tuple[list[tuple[View, np.ndarray | None]], list[tuple[object, str]]]:
+    """The views of all that can be read, and (source, message) of the rest."""
+    views, unreadable = [], []
+    for source in sources:
+        try:
+            views += find(source)
+        except InputError as error:
+            unreadable.append((source, str(error)))
+    return views, unreadable
+
+
+def _classify_batch(model: nn.Module, views: list[tuple[View, np.ndarray | None]]) -> list[tuple[View, torch.Tensor]]:
+    """(view, probs (num_classes,)) of each; None for probs where there is nothing to classify."""
+    pixels = [pixels for _, pixels in views if pixels is not None]
+    probs = iter(predict_probs(model, torch.from_numpy(np.stack(pixels)))) if pixels else None
+    return [(view, None if pixels is None else next(probs)) for view, pixels in views]
+
+
+def classify(
+    model: nn.Module,
+    sources: list,
+    find: Finder,
+    batch_size: int = 64,
+    on_error: Callable[[object, str], None] | None = None,
+) -> Iterator[tuple[View, torch.Tensor | None]]:
+    """Yields (view, probs (num_classes,)) in order, None for a picture without a face; faces of many share a batch.
+
+    The next batch is decoded and searched while the network works. A picture that can't be read goes to
+    `on_error(source, message)` and is left out; without `on_error`, InputError is raised.
+    """
+    waiting = []
+    for _, (views, unreadable) in in_chunks(sources, lambda part: _find_all(part, find), 8, ahead=2 * batch_size):
+        for source, message in unreadable:
+            if on_error is None:
+                raise InputError(message)
+            on_error(source, message)
+        waiting += views
+        while len(waiting) >= batch_size:
+            yield from _classify_batch(model, waiting[:batch_size])
+            del waiting[:batch_size]
+    yield from _classify_batch(model, waiting)
+
+
+def classify_on_cores(
+    model: nn.Module, sources: list, find: Finder, batch_size: int, on_error: Callable[[object, str], None]
+) -> Iterator[tuple[View, torch.Tensor | None]]:
+    """As `classify`; for scripts, since it sets torch's threads.
+
+    On the CPU every core takes a share of the batch and works it through on its own, decoding included: with small
+    networks cores that share one batch wait for each other, and for whichever of them decodes.
+    """
+    threads = torch.get_num_threads()
+    if len(sources) == 1 or next(model.parameters()).device.type != "cpu":
+        yield from classify(model, sources, find, batch_size, on_error)
+        return
+
+    def work(chunk: list) -> tuple[list[tuple[View, torch.Tensor | None]], list[tuple[object, str]]]:
+        views, unreadable = _find_all(chunk, find)
+        return _classify_batch(model, views), unreadable
+
+    torch.set_num_threads(1)  # for the threads that start from here on
+    try:
+        for _, (results, unreadable) in in_chunks(sources, work, max(1, batch_size // threads), workers=threads):
+            for source, message in unreadable:
+                on_error(source, message)
+            yield from results
+    finally:
+        torch.set_num_threads(threads)

@@ -1,0 +1,125 @@
+"""Boxes, labels and bars on pictures and frames.
+
+    image = draw_faces(pixels, [(face, prediction), ...])           # a PIL image, no smaller than `pixels`
+"""
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from checkpoints import replace_file
+from console import make_output_dir
+from decoding import read_whole
+from faces import Face
+from inference import Prediction
+from models import printable
+
+COLOURS = ("#ffd000", "#00c8ff", "#ff6ec7", "#7dff5a", "#ff8c42", "#b18cff")
+LEAST_FACE, LONGEST = 120, 1600  # pixels: small pictures are enlarged until faces have the one or they the other
+SHADE = (0, 0, 0, 150)
+
+
+def draw_faces(pixels: np.ndarray, results: list[tuple[Face | None, Prediction | None]]) -> Image.Image:
+    """`pixels` uint8 (H, W, 3) with a box, a label and bars for each (face, prediction), small pictures enlarged.
+
+    A face of None stands for the whole picture, a prediction of None for a picture without a face. Bars are left out
+    where they would cover a face.
+    """
+    scale = _enlargement(pixels, [face for face, _ in results if face])
+    image = Image.fromarray(pixels)
+    if scale > 1:
+        image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+    layer = Image.new("RGBA", image.size)
+    draw, boxes = ImageDraw.Draw(layer), []
+    for face, _ in results:
+        left, top, width, height = face.box if face else (0, 0, *pixels.shape[1::-1])
+        boxes.append(tuple(scale * edge for edge in (left, top, left + width, top + height)))
+    taken = [box for box, (face, _) in zip(boxes, results, strict=True) if face]
+    for number, (box, (face, prediction)) in enumerate(zip(boxes, results, strict=True)):
+        colour = COLOURS[number % len(COLOURS)]
+        font = ImageFont.load_default(max(13, min(round((box[2] - box[0]) / 7), round(max(image.size) / 28))))
+        if face:
+            draw.rectangle(box, outline=colour, width=max(2, round(font.size / 6)))
+        text = f"{prediction[0]} {prediction[1]:.0f}%" if prediction else "no face found"
+        taken.append(_draw_label(draw, image.size, box, text, font, colour))
+        if prediction:
+            taken += _draw_bars(draw, image.size, box, prediction[2], font, colour, taken, bool(face))
+    return Image.alpha_composite(image.convert("RGBA"), layer).convert("RGB")
+
+
+def _enlargement(pixels: np.ndarray, faces: list[Face]) -> float:
+    height, width = pixels.shape[:2]
+    smallest = min((face.width for face in faces), default=width / 3)
+    return max(1.0, min(LEAST_FACE / smallest, LONGEST / max(height, width)))
+
+
+def _draw_label(draw, size, box, text: str, font, colour: str) -> tuple[float, float, float, float]:
+    """Above the box where there is room, else inside at its top, never cut off at the sides. Returns what it covers."""
+    text = printable(text)
+    width, height = draw.textlength(text, font=font) + font.size * 0.6, font.size * 1.35
+    left = min(max(box[0], 0), max(0, size[0] - width))
+    top = box[1] - height if box[1] >= height else box[1]
+    draw.rectangle((left, top, left + width, top + height), fill=colour)
+    draw.text((left + font.size * 0.3, top + font.size * 0.1), text, font=font, fill="black")
+    return left, top, left + width, top + height
+
+
+def _draw_bars(draw, size, box, all_probs: dict[str, float], font, colour: str, taken: list, is_face: bool) -> list:
+    """A bar for each class beside the box, or in the corner of a whole picture. Returns what they cover, if drawn."""
+    small = ImageFont.load_default(max(11, round(font.size * 0.75)))
+    line, names = small.size * 1.25, [printable(name) for name in all_probs]
+    name_width = max(draw.textlength(name, font=small) for name in names) + small.size * 0.6
+    width, height = name_width + 5 * small.size, line * len(names) + small.size * 0.4
+    places = [(box[2] + 4, box[1]), (box[0] - width - 4, box[1]), (box[0], box[3] + 4)]
+    if not is_face:
+        places = [(size[0] - width, size[1] - height)]
+    for left, top in places:
+        area = (left, top, left + width, top + height)
+        fits = min(left, top) >= 0 and area[2] <= size[0] and area[3] <= size[1]
+        if fits and not any(_overlap(area, other) for other in taken):
+            break
+    else:
+        return []
+    draw.rectangle(area, fill=SHADE)
+    for number, (name, percent) in enumerate(zip(names, all_probs.values(), strict=True)):
+        y = top + small.size * 0.2 + line * number
+        draw.text((left + small.size * 0.3, y), name, font=small, fill="white")
+        start, full = left + name_width, width - name_width - small.size * 0.3
+        draw.rectangle((start, y + line * 0.2, start + full * percent / 100, y + line * 0.8), fill=colour)
+    return [area]
+
+
+def _overlap(a: tuple, b: tuple) -> bool:
+    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
+
+
+class Annotator:
+    """Writes annotated copies of pictures to `folder`, as results come in: all of one picture, then the next's."""
+
+    def __init__(self, folder: str | Path):
+        self.folder, self.names = make_output_dir(folder, "--annotate"), set()
+        self.source, self.results = None, []
+
+    def __call__(self, source, face: Face | None, prediction: Prediction | None) -> None:
+        if self.results and source != self.source:
+            self.close()
+        self.source = source
+        self.results.append((face, prediction))
+
+    def close(self) -> None:
+        """Writes the picture whose results came last."""
+        if self.results:
+            image = draw_faces(read_whole(self.source), self.results)
+            path = self.folder / self._new_name(Path(self.source).stem)
+            replace_file(path, lambda temporary: image.save(temporary, format="JPEG", quality=92))
+        self.results = []
+
+    def _new_name(self, stem: str) -> str:
+        """Of pictures with the same name in several folders every one is kept."""
+        name, number = f"{stem}.faces.jpg", 1
+        while name in self.names:
+            number += 1
+            name = f"{stem}.faces-{number}.jpg"
+        self.names.add(name)
+        return name

@@ -1,0 +1,344 @@
+"""Faces in photos: found, cropped as FER2013 is, predicted, annotated; and what happens without OpenCV.
+
+The real face is that of skimage.data.astronaut, a public-domain portrait; group photos are built from it.
+"""
+
+import csv
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import draw_picture
+from PIL import Image
+
+import faces
+import predict_emotion
+from checkpoints import make_checkpoint, save_checkpoint
+from console import run_script
+from faces import Face, crop_face, find_faces
+from models import InputError, create_model
+from overlay import draw_faces
+from predict_emotion import load_model, predict_faces, predict_image
+
+REPO = Path(__file__).resolve().parent.parent
+NAMES = ["angry", "happy", "sad"]
+cv2 = pytest.importorskip("cv2", reason="needs OpenCV")
+data = pytest.importorskip("skimage.data", reason="needs scikit-image for its portrait")
+FACE = (176, 65, 98, 98)  # of the portrait, as the cascade frames it: left, top, width, height
+
+
+@pytest.fixture(scope="module")
+def portrait():
+    return Image.fromarray(data.astronaut())
+
+
+@pytest.fixture(scope="module")
+def loaded(tmp_path_factory):
+    torch.manual_seed(0)
+    model = create_model("cnn4_bn", len(NAMES))
+    with torch.no_grad():
+        list(model.parameters())[-2].mul_(40)
+    path = tmp_path_factory.mktemp("model") / "model.pth"
+    save_checkpoint(make_checkpoint(model, NAMES, trained_on="faces", epoch=1, metrics={}, config={}), path)
+    return (path, *load_model(path, "cpu"))
+
+
+@pytest.fixture
+def run(capsys, loaded):
+    def run_main(*args):
+        with pytest.raises(SystemExit) as stop:
+            run_script(lambda: predict_emotion.main([*map(str, args), "--checkpoint", str(loaded[0])]))
+        out, err = capsys.readouterr()
+        return stop.value.code or 0, out, err
+
+    return run_main
+
+
+def scaled(image, side, angle=0):
+    """The portrait with a face of about `side` pixels, tilted by `angle` degrees."""
+    image = image.rotate(angle, resample=Image.Resampling.BICUBIC)
+    size = round(512 * side / FACE[2])
+    return image.resize((size, size), Image.Resampling.LANCZOS)
+
+
+def group(image, sides):
+    """The portrait several times side by side, with faces of `sides` pixels."""
+    parts = [scaled(image, side) for side in sides]
+    canvas = Image.new("RGB", (sum(part.width + 10 for part in parts), max(part.height for part in parts)), "gray")
+    left = 0
+    for part in parts:
+        canvas.paste(part, (left, 0))
+        left += part.width + 10
+    return canvas
+
+
+def centres(found):
+    return [(face.left + face.width / 2, face.top + face.height / 2) for face in found]
+
+
+# Finding
+
+
+def test_the_face_of_the_portrait(portrait, tmp_path):
+    portrait.save(tmp_path / "portrait.png")
+    pixels = np.asarray(portrait)
+    (face,) = find_faces(portrait)
+    assert np.abs(np.array(face.box) - FACE).max() <= 8
+    assert np.isfinite(face.score) and type(face.score) is float and all(type(edge) is int for edge in face.box)
+    assert find_faces(pixels) == find_faces(tmp_path / "portrait.png") == [face]
+    assert len(find_faces(portrait.convert("L"))) == 1
+
+
+@pytest.mark.parametrize("angle", [-10, -5, 5, 10])
+def test_tilted_heads(portrait, angle):
+    assert len(find_faces(portrait.rotate(angle, resample=Image.Resampling.BICUBIC))) == 1
+
+
+@pytest.mark.parametrize("side", [40, 48, 60, 200, 400])
+def test_small_and_large_faces(portrait, side):
+    (face,) = find_faces(scaled(portrait, side))
+    assert face.width == pytest.approx(side, rel=0.2)
+
+
+def test_a_group_is_found_largest_first(portrait):
+    found = find_faces(group(portrait, (60, 120, 80)))
+    assert [round(face.width / 20) for face in found] == [6, 4, 3]
+    assert [round(x / 100) for x, _ in centres(found)] != sorted(round(x / 100) for x, _ in centres(found))
+
+
+def test_no_face_is_an_empty_list():
+    assert find_faces(data.chelsea()) == find_faces(np.zeros((300, 400), np.uint8)) == find_faces(data.coffee()) == []
+
+
+@pytest.mark.parametrize("size", [(1, 1), (20, 1), (5, 400), (30, 30)])
+def test_pictures_too_small_for_a_face(size):
+    assert find_faces(Image.new("RGB", size)) == []
+
+
+def test_boxes_are_clipped_to_the_picture(portrait):
+    left, top, width, height = FACE
+    cut = portrait.crop((left + 6, top + 6, left + width - 4, 512))
+    padded = Image.new("RGB", (cut.width + 200, cut.height), "gray")
+    padded.paste(cut, (0, 0))
+    for face in find_faces(padded, min_size=40) + find_faces(cut, min_size=40):
+        assert 0 <= face.left < face.left + face.width <= padded.width
+        assert 0 <= face.top < face.top + face.height <= padded.height
+    face = faces._to_face(np.array([-5, -7, 50, 60]), 1.0, 0.5, 80, 90, "haar")
+    assert face.box == (0, 0, 80, 90)
+
+
+def test_large_pictures_are_searched_on_a_copy(portrait):
+    large = scaled(portrait, 800)
+    assert max(large.size) > 4000
+    (face,) = find_faces(large)
+    assert face.width == pytest.approx(800, rel=0.15)
+    wide = Image.new("RGB", (4000, 3000), "gray")
+    wide.paste(scaled(portrait, 60), (700, 900))
+    assert find_faces(wide) == []  # 60 pixels of 4,000 are 19 of 1,280
+    (face,) = find_faces(wide, min_size=50)
+    assert face.width == pytest.approx(60, rel=0.2)
+
+
+def test_min_size_spares_small_faces(portrait):
+    assert len(find_faces(group(portrait, (50, 120)), min_size=80)) == 1
+    with pytest.raises(InputError, match="at least 1"):
+        find_faces(portrait, min_size=0)
+
+
+def test_unreadable_pictures_raise(tmp_path):
+    (tmp_path / "broken.jpg").write_bytes(b"no picture")
+    with pytest.raises(InputError, match=r"broken\.jpg"):
+        find_faces(tmp_path / "broken.jpg")
+
+
+def test_a_file_that_is_no_yunet_is_refused(portrait, tmp_path):
+    (tmp_path / "net.onnx").write_bytes(b"nothing")
+    for path in (tmp_path / "net.onnx", tmp_path / "missing.onnx"):
+        with pytest.raises(InputError, match=path.name):
+            find_faces(portrait, yunet=path)
+
+
+# Cropping
+
+
+def test_crops_are_square_and_centred(portrait):
+    face = Face(100, 150, 60, 80, 1.0)
+    crop = crop_face(portrait, face, margin=0.25)
+    assert crop.shape == (120, 120, 3) and crop.dtype == np.uint8
+    assert np.array_equal(crop, np.asarray(portrait)[130:250, 70:190])
+
+
+def test_crops_beyond_the_picture_repeat_its_edge():
+    pixels = np.arange(100, dtype=np.uint8).reshape(10, 10)
+    crop = crop_face(pixels, Face(0, 0, 4, 4, 1.0), margin=0.5)
+    assert crop.shape == (8, 8, 3)
+    assert (crop[:3, :3] == pixels[0, 0]).all() and crop[-1, -1, 0] == pixels[5, 5]
+
+
+def test_the_default_margin_is_that_of_the_detector(portrait):
+    (face,) = find_faces(portrait)
+    assert len(crop_face(portrait, face)) == round(face.width * (1 + 2 * faces.MARGIN["haar"]))
+
+
+# Predicting
+
+
+def test_predict_faces_is_a_list(portrait, loaded):
+    _, model, names = loaded
+    (result,) = predict_faces(model, portrait, names)
+    (face,) = find_faces(portrait)
+    expected = predict_image(model, crop_face(portrait, face), names)
+    assert (result["box"], result["score"]) == (face.box, face.score)
+    assert (result["emotion"], result["confidence"]) == expected[:2] and result["probs"] == expected[2]
+    assert predict_faces(model, data.chelsea(), names) == []
+    several = predict_faces(model, group(portrait, (60, 120, 80)), names)
+    assert [round(result["box"][2] / 20) for result in several] == [6, 4, 3]
+
+
+@pytest.fixture
+def photos(portrait, tmp_path):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    group(portrait, (60, 120)).save(folder / "group.png")
+    Image.fromarray(data.chelsea()).save(folder / "cat.png")
+    draw_picture(3).save(folder / "crop.png")
+    portrait.save(folder / "portrait.jpg", quality=95)
+    return folder
+
+
+def rows_of(path):
+    with open(path, encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_every_face_gets_a_row(photos, run, loaded, tmp_path):
+    code, out, err = run(photos, "--output", tmp_path / "p.csv", "--batch-size", 2)
+    assert code == 0
+    assert err.splitlines()[-1] == "4 pictures, 3 faces, 1 without a face"
+    rows = rows_of(tmp_path / "p.csv")
+    assert [(Path(row["file"]).name, row["face"]) for row in rows] == [
+        ("cat.png", "none"), ("crop.png", "whole"), ("group.png", "1"), ("group.png", "2"), ("portrait.jpg", "1"),
+    ]  # fmt: skip
+    cat, crop, first, second, _ = rows
+    assert cat["emotion"] == cat["confidence"] == cat["left"] == cat["happy"] == ""
+    assert crop["left"] == "" and crop["emotion"] == predict_image(loaded[1], photos / "crop.png", NAMES)[0]
+    assert int(first["width"]) > int(second["width"]) > 0 and float(first["score"])
+    (one, two) = predict_faces(loaded[1], photos / "group.png", NAMES)
+    for row, result in ((first, one), (second, two)):
+        assert tuple(int(row[name]) for name in ("left", "top", "width", "height")) == result["box"]
+        assert row["emotion"] == result["emotion"]
+        assert float(row["confidence"]) == pytest.approx(result["confidence"], abs=1e-3)
+    assert out.count("face 1 at") == 2 and out.count("no face found") == 1
+    assert run(photos, "--output", tmp_path / "p.json")[0] == 0
+    listed = json.loads((tmp_path / "p.json").read_text(encoding="utf-8"))
+    assert [row["face"] for row in listed] == ["none", "whole", 1, 2, 1] and listed[0]["emotion"] is None
+
+
+def test_faces_off_takes_whole_pictures(photos, run, loaded, tmp_path):
+    code, out, err = run(photos, "--faces", "off", "--output", tmp_path / "p.csv")
+    assert code == 0 and err.splitlines()[-1] == "4 pictures"
+    rows = rows_of(tmp_path / "p.csv")
+    assert {row["face"] for row in rows} == {"whole"} and out.count("whole picture") == 4
+    assert [row["emotion"] for row in rows] == [predict_image(loaded[1], row["file"], NAMES)[0] for row in rows]
+
+
+def test_faces_on_looks_into_crops_too(photos, run, tmp_path):
+    assert run(photos / "crop.png", "--faces", "on", "--output", tmp_path / "p.csv")[:2] == (0, "No face found\n")
+    assert rows_of(tmp_path / "p.csv")[0]["face"] == "none"
+
+
+def test_a_single_photo_is_a_block_per_face(photos, run):
+    code, out, err = run(photos / "group.png", "--show-all")
+    assert (code, err) == (0, "")
+    assert out.count("Predicted Emotion: ") == 2 and out.index("Face 1 at") < out.index("Face 2 at")
+
+
+def test_min_face(photos, run):
+    assert run(photos / "group.png", "--min-face", 90)[1].count("Predicted") == 1
+    code, out, err = run(photos / "group.png", "--min-face", 0)
+    assert (code, out) == (2, "") and "--min-face" in err
+
+
+# Annotated pictures
+
+
+def test_annotated_pictures(photos, run, tmp_path):
+    (photos / "again").mkdir()
+    shutil.copy(photos / "cat.png", photos / "again" / "cat.png")
+    before = {path: path.read_bytes() for path in photos.rglob("*") if path.is_file()}
+    assert run(photos, "--annotate", tmp_path / "out")[0] == 0
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "cat.faces.jpg", "cat.faces-2.jpg", "crop.faces.jpg", "group.faces.jpg", "portrait.faces.jpg"
+    }  # fmt: skip
+    assert {path: path.read_bytes() for path in before} == before
+    with Image.open(tmp_path / "out" / "portrait.faces.jpg") as image, Image.open(photos / "portrait.jpg") as original:
+        changed = np.abs(np.asarray(image.resize((512, 512)), int) - np.asarray(original, int)).max(2) > 60
+    left, top, width, height = FACE
+    assert changed[top - 30 : top + height, left : left + width].mean() > 0.05
+    assert changed[400:, :].mean() < 0.01  # away from the face nothing is drawn
+
+
+@pytest.mark.parametrize("size", [(48, 48), (300, 200), (3000, 2000)])
+def test_labels_are_readable_at_any_size(size):
+    """Text of 13 pixels or more, on what is shown: small pictures are enlarged for it."""
+    pixels = np.full((size[1], size[0], 3), 128, np.uint8)
+    probs = {"angry": 1.5, "happy": 97.5, "sad": 1.0}
+    face = Face(size[0] // 3, size[1] // 3, size[0] // 4, size[0] // 4, 1.0)
+    for results in ([(face, ("happy", 97.5, probs))], [(None, ("happy", 97.5, probs))], [(None, None)]):
+        image = np.asarray(draw_faces(pixels, results))
+        assert max(image.shape[:2]) >= max(size[0], 250) and image.shape[1] / image.shape[0] == pytest.approx(
+            size[0] / size[1], rel=0.02
+        )
+        label = (image == (255, 208, 0)).all(2)
+        rows = np.flatnonzero(label.sum(1) > 40)
+        assert rows.max() - rows.min() >= 13
+        black = (image.max(2) < 60) & np.roll(label, 3, 1)
+        assert black.any()  # letters
+
+
+def test_bars_don_t_cover_faces():
+    pixels = np.full((400, 300, 3), 128, np.uint8)
+    probs = {"angry": 50.0, "happy": 50.0}
+    side_by_side = [(Face(0, 50, 150, 150, 1.0), ("angry", 50.0, probs)), (Face(150, 50, 150, 150, 1.0), None)]
+    image = np.asarray(draw_faces(pixels, side_by_side))
+    assert (image[100:195, 160:290] == 128).all()
+
+
+# Without OpenCV
+
+
+def without_opencv(*args, cwd, module="raise ImportError('No module named cv2')"):
+    """Runs the script where `import cv2` fails or finds something else."""
+    (cwd / "modules").mkdir(exist_ok=True)
+    (cwd / "modules" / "cv2.py").write_text(module)
+    env = {**os.environ, "PYTHONPATH": str(cwd / "modules"), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(REPO / "predict_emotion.py"), *map(str, args)]
+    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
+
+
+@pytest.mark.parametrize("module", ["raise ImportError('No module named cv2')", "x = 1", "raise OSError('libGL.so.1')"])
+def test_whole_pictures_with_one_hint(photos, loaded, tmp_path, module):
+    words = (photos, "--checkpoint", loaded[0], "--output", tmp_path / "p.csv")
+    done = without_opencv(*words, cwd=tmp_path, module=module)
+    assert done.returncode == 0, done.stderr
+    hints = [line for line in done.stderr.splitlines() if "pip install" in line]
+    assert len(hints) == 1 and "opencv-python-headless" in hints[0]
+    assert {row["face"] for row in rows_of(tmp_path / "p.csv")} == {"whole"}
+    assert done.stdout.count("whole picture") == 3  # the crop would have been taken whole anyway
+
+
+def test_crops_need_no_hint(photos, loaded, tmp_path):
+    done = without_opencv(photos / "crop.png", "--checkpoint", loaded[0], cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_faces_on_without_opencv_is_an_error(photos, loaded, tmp_path):
+    done = without_opencv(photos, "--checkpoint", loaded[0], "--faces", "on", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert len(done.stderr.splitlines()) == 1 and "pip install" in done.stderr
