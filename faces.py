@@ -90,7 +90,7 @@ def _search_cascade(cv2, pixels: np.ndarray, least: int) -> list[tuple[np.ndarra
             del _local.cascade
             raise InputError(f"{INSTALL} (its cascades are missing)")
     gray = cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY)
-    boxes, _, scores = _local.cascade.detectMultiScale3(gray, 1.1, 4, minSize=(least, least), outputRejectLevels=True)
+    boxes, _, scores = _local.cascade.detectMultiScale3(gray, 1.1, 5, minSize=(least, least), outputRejectLevels=True)
     return list(zip(np.reshape(boxes, (-1, 4)), np.ravel(scores), strict=True))
 
 
