@@ -38,7 +38,9 @@ def read_image(source, spec: InputSpec) -> np.ndarray:
 def read_whole(source) -> np.ndarray:
     """A picture at its own size as uint8 (H, W, 3) in RGB order; `source` and errors are those of read_image."""
     with _named_errors(source):
-        return np.asarray(_to_upright(_open(source), channels=3))
+        image = _open(source)
+        is_ready = isinstance(source, np.ndarray) and source.ndim == 3
+        return source if is_ready else np.asarray(_to_upright(image, channels=3))
 
 
 @contextlib.contextmanager

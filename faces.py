@@ -4,6 +4,7 @@
     crop = crop_face(image, faces[0])               # square, framed as FER2013's pictures are
 """
 
+import os
 import threading
 from dataclasses import dataclass
 from functools import cache
@@ -41,6 +42,8 @@ class Face:
 @cache
 def load_opencv():
     """The module cv2. Raises InputError that says what to install where it is missing, broken, or without cascades."""
+    os.environ.setdefault("OPENCV_LOG_LEVEL", "OFF")  # what it would print about broken videos, we say in one line
+    os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
     try:
         import cv2
 

@@ -130,12 +130,14 @@ def to_prediction(probs: torch.Tensor, class_names: list[str]) -> Prediction:
 @dataclass(frozen=True)
 class View:
     """What is classified of `source`: kind "face", one of its faces, the largest of which has number 1; "whole", all of
-    it; "crop", all of it because it is small; or "none": it has no face."""
+    it; "crop", all of it because it is small; or "none": it has no face. `time` in seconds is that of a video's frame.
+    """
 
     source: object
     kind: str = "whole"
     number: int = 0
     face: Face | None = None
+    time: float | None = None
 
 
 Finder = Callable[[object], list[tuple[View, np.ndarray | None]]]
@@ -181,7 +183,9 @@ def _find_all(sources: list, find: Finder) -> tuple[list[tuple[View, np.ndarray 
     return views, unreadable
 
 
-def _classify_batch(model: nn.Module, views: list[tuple[View, np.ndarray | None]]) -> list[tuple[View, torch.Tensor]]:
+def classify_batch(
+    model: nn.Module, views: list[tuple[View, np.ndarray | None]]
+) -> list[tuple[View, torch.Tensor | None]]:
     """(view, probs (num_classes,)) of each; None for probs where there is nothing to classify."""
     pixels = [pixels for _, pixels in views if pixels is not None]
     probs = iter(predict_probs(model, torch.from_numpy(np.stack(pixels)))) if pixels else None
@@ -208,9 +212,9 @@ def classify(
             on_error(source, message)
         waiting += views
         while len(waiting) >= batch_size:
-            yield from _classify_batch(model, waiting[:batch_size])
+            yield from classify_batch(model, waiting[:batch_size])
             del waiting[:batch_size]
-    yield from _classify_batch(model, waiting)
+    yield from classify_batch(model, waiting)
 
 
 def classify_on_cores(
@@ -228,7 +232,7 @@ def classify_on_cores(
 
     def work(chunk: list) -> tuple[list[tuple[View, torch.Tensor | None]], list[tuple[object, str]]]:
         views, unreadable = _find_all(chunk, find)
-        return _classify_batch(model, views), unreadable
+        return classify_batch(model, views), unreadable
 
     torch.set_num_threads(1)  # for the threads that start from here on
     try:

@@ -20,13 +20,16 @@ LEAST_FACE, LONGEST = 120, 1600  # pixels: small pictures are enlarged until fac
 SHADE = (0, 0, 0, 150)
 
 
-def draw_faces(pixels: np.ndarray, results: list[tuple[Face | None, Prediction | None]]) -> Image.Image:
-    """`pixels` uint8 (H, W, 3) with a box, a label and bars for each (face, prediction), small pictures enlarged.
+def draw_faces(
+    pixels: np.ndarray, results: list[tuple[Face | None, Prediction | None]], *, enlarge: bool = True
+) -> Image.Image:
+    """`pixels` uint8 (H, W, 3) with a box, a label and bars for each (face, prediction).
 
-    A face of None stands for the whole picture, a prediction of None for a picture without a face. Bars are left out
-    where they would cover a face.
+    Small pictures are enlarged, so that letters and bars have room, unless `enlarge` is False. A face of None stands
+    for the whole picture, a prediction of None for a picture without a face. Bars are left out where they would cover
+    a face.
     """
-    scale = _enlargement(pixels, [face for face, _ in results if face])
+    scale = _enlargement(pixels, [face for face, _ in results if face]) if enlarge else 1.0
     image = Image.fromarray(pixels)
     if scale > 1:
         image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)

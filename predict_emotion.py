@@ -14,6 +14,9 @@ import argparse
 import glob
 import os
 import sys
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
@@ -41,6 +44,7 @@ from inference import (
 )
 from models import InputError, count_parameters, printable
 from overlay import Annotator
+from video import classify_video, is_video
 
 __all__ = ["load_model", "predict_faces", "predict_image", "predict_images"]  # the public API
 COLUMNS = ["file", "time", "face", "left", "top", "width", "height", "score", "emotion", "confidence"]
@@ -49,7 +53,7 @@ SAMPLES = 20  # pictures in prediction_samples.png
 
 def get_args_parser() -> ArgumentParser:
     parser = ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("inputs", nargs="*", metavar="PICTURE", help="pictures, folders or patterns; without"
+    parser.add_argument("inputs", nargs="*", metavar="PICTURE", help="pictures, folders, patterns, videos; without"
                         " any, a sample of test/ is drawn to prediction_samples.png")  # fmt: skip
     parser.add_argument("--checkpoint", metavar="PATH", help=f"(default: {BEST_NAME} here, else "
                         "weights/emotion_model.pth)")  # fmt: skip
@@ -62,7 +66,9 @@ def get_args_parser() -> ArgumentParser:
                         f"{SMALLEST}, in a picture of at most {LONGEST})")  # fmt: skip
     parser.add_argument("--yunet", metavar="FILE", help="YuNet's .onnx file, to find faces with in the place of "
                         "OpenCV's cascade")  # fmt: skip
-    parser.add_argument("--annotate", metavar="DIR", help="write the pictures there, with boxes, labels and bars")
+    parser.add_argument("--annotate", metavar="DIR", help="write the pictures and videos there, with boxes, labels and "
+                        "bars, and of each video a timeline")  # fmt: skip
+    parser.add_argument("--every", type=int, default=1, metavar="N", help="of a video every Nth frame (default: 1)")
     parser.add_argument("--info", action="store_true", help="print what the checkpoint is, and stop")
     parser.add_argument("--data-dir", metavar="DIR", default=".", help="its test/ is sampled where no picture is named "
                         "(default: .)")  # fmt: skip
@@ -104,11 +110,15 @@ def describe_view(view: View) -> str:
     return {"whole": "whole picture", "crop": "", "none": "no face found"}[view.kind]
 
 
+def describe_source(view: View) -> str:
+    return printable(view.source) if view.time is None else f"{printable(view.source)} at {view.time:.2f} s"
+
+
 def print_prediction(view: View, prediction: Prediction | None, *, is_single: bool, show_all: bool) -> None:
     """The only picture as a block; one of many as a line with its name, and bars below it."""
     part = describe_view(view)
     if prediction is None:
-        print(part.capitalize() if is_single else f"{printable(view.source)}: {part}")
+        print(part.capitalize() if is_single else f"{describe_source(view)}: {part}")
         return
     emotion, confidence, all_probs = prediction
     if is_single:
@@ -119,7 +129,7 @@ def print_prediction(view: View, prediction: Prediction | None, *, is_single: bo
             print("\nAll emotion probabilities:", *format_bars(all_probs), sep="\n")
         return
     where = f", {part}" if part else ""
-    print(f"{printable(view.source)}{where}: {emotion} {confidence:.2f}%")
+    print(f"{describe_source(view)}{where}: {emotion} {confidence:.2f}%")
     if show_all:
         print(*("  " + line for line in format_bars(all_probs)), sep="\n")
 
@@ -137,15 +147,22 @@ def print_info(checkpoint: dict, model: nn.Module) -> None:
     print("settings: " + ", ".join(f"{key} {printable(value)}" for key, value in config.items() if value is not None))
 
 
-def write_rows(rows: list[dict], columns: list[str], path: Path) -> None:
-    """The predictions as CSV (empty where a column doesn't apply) or JSON (null), by the ending of `path`."""
+def write_rows(rows: Iterable[dict], columns: list[str], path: Path) -> None:
+    """The predictions as CSV (empty where a column doesn't apply) or JSON (null), by the ending of `path`.
+
+    Each is written as it comes, so that memory doesn't grow with a long video; `path` changes when all are there.
+    """
 
     def write(temporary: Path) -> None:
         with temporary.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
             if path.suffix.lower() == ".json":
                 import json
 
-                json.dump([{column: row.get(column) for column in columns} for row in rows], file, indent=1)
+                start = "[\n"
+                for row in rows:
+                    file.write(start + json.dumps({column: row.get(column) for column in columns}))
+                    start = ",\n"
+                file.write("\n]\n")
             else:
                 import csv
 
@@ -158,7 +175,7 @@ def write_rows(rows: list[dict], columns: list[str], path: Path) -> None:
 
 def to_row(view: View, prediction: Prediction | None, class_columns: dict[str, str]) -> dict:
     """A row of --output: `face` is a face's number, "whole" for a whole picture, "none" where there is no face."""
-    row = {"file": view.source, "face": {"crop": "whole"}.get(view.kind, view.kind)}
+    row = {"file": view.source, "time": view.time, "face": {"crop": "whole"}.get(view.kind, view.kind)}
     if view.face:
         row |= dict(zip(("left", "top", "width", "height"), view.face.box, strict=True))
         row |= {"face": view.number, "score": round(view.face.score, 4)}
@@ -169,46 +186,76 @@ def to_row(view: View, prediction: Prediction | None, class_columns: dict[str, s
     return row
 
 
+class Summary:
+    """Counts what was predicted, and says it."""
+
+    def __init__(self):
+        self.kinds, self.sources, self.last = Counter(), Counter(), None
+
+    def add(self, view: View) -> None:
+        self.kinds[view.kind] += 1
+        if view.source != self.last:  # all of one file come together
+            self.last = view.source
+            self.sources["pictures" if view.time is None else "videos"] += 1
+
+    def __str__(self) -> str:
+        parts = [f"{count:,} {name}" for name, count in self.sources.items()] or ["0 pictures"]
+        parts += [f"{self.kinds['face']:,} faces"] * bool(self.kinds["face"])
+        parts += [f"{self.kinds['none']:,} without a face"] * bool(self.kinds["none"])
+        return ", ".join(parts)
+
+
+def predict_all(model: nn.Module, paths: list[str], args: argparse.Namespace, on_error) -> Iterator[tuple]:
+    """Yields (view, probs) of the pictures and then of the videos, annotated where --annotate asks for it."""
+    pictures = [path for path in paths if not is_video(path)]
+    find = make_finder(model.input_spec, args.faces, min_size=args.min_face, yunet=args.yunet)
+    annotate = Annotator(args.annotate) if args.annotate else None
+    for view, probs in classify_on_cores(model, pictures, find, args.batch_size, on_error):
+        yield view, probs
+        if annotate:
+            annotate(view.source, view.face, None if probs is None else to_prediction(probs, model.class_names))
+    if annotate:
+        annotate.close()
+    for path in paths:
+        if is_video(path):
+            try:
+                yield from classify_video(model, path, find, every=args.every, annotate=args.annotate)
+            except InputError as error:
+                on_error(path, str(error))
+
+
 def predict_files(model: nn.Module, class_names: list[str], args: argparse.Namespace) -> int:
     """Predicts and prints `args.inputs`; returns the exit code, 2 where nothing could be read."""
     paths = find_pictures(args.inputs)
     is_single = len(paths) == 1 and not os.path.isdir(args.inputs[0])
     class_columns = {name: f"{name} (class)" if name in COLUMNS else name for name in class_names}
-    rows, unreadable, kinds = [], [], []
-    annotate = Annotator(args.annotate) if args.annotate else None
+    summary, unreadable = Summary(), []
 
     def on_error(_, message: str) -> None:
         unreadable.append(message)
         print(f"error: {message}" if is_single else message, file=sys.stderr)
 
-    find = make_finder(model.input_spec, args.faces, min_size=args.min_face, yunet=args.yunet)
-    for view, probs in classify_on_cores(model, paths, find, args.batch_size, on_error):
-        prediction = None if probs is None else to_prediction(probs, class_names)
-        print_prediction(view, prediction, is_single=is_single, show_all=args.show_all)
-        kinds.append((view.source, view.kind))
-        if args.output:
-            rows.append(to_row(view, prediction, class_columns))
-        if annotate:
-            annotate(view.source, view.face, prediction)
-    if annotate:
-        annotate.close()
-    if rows:
-        write_rows(rows, [*COLUMNS, *class_columns.values()], Path(args.output))
+    def rows() -> Iterator[dict]:
+        for view, probs in predict_all(model, paths, args, on_error):
+            prediction = None if probs is None else to_prediction(probs, class_names)
+            is_block = is_single and view.time is None
+            print_prediction(view, prediction, is_single=is_block, show_all=args.show_all)
+            summary.add(view)
+            yield to_row(view, prediction, class_columns)
+
+    found = rows()
+    first = list(islice(found, 1))
+    if first and args.output:
+        write_rows(chain(first, found), [*COLUMNS, *class_columns.values()], Path(args.output))
         print(f"written to {printable(args.output)}", file=sys.stderr)
-    if args.faces == "auto" and any(kind == "whole" for _, kind in kinds):
+    for _ in found:
+        pass
+    if args.faces == "auto" and summary.kinds["whole"]:
         print(f"whole pictures were classified, since OpenCV is missing; {INSTALL}", file=sys.stderr)
     if not is_single:
-        print(summarise(kinds, unreadable), file=sys.stderr)
-    return 0 if kinds else 2
-
-
-def summarise(kinds: list[tuple[str, str]], unreadable: list[str]) -> str:
-    """How many pictures were read, with how many faces, and how many were not."""
-    faces, without = (sum(kind == name for _, kind in kinds) for name in ("face", "none"))
-    parts = [f"{len({source for source, _ in kinds}):,} pictures"]
-    parts += [f"{faces:,} faces"] * bool(faces) + [f"{without:,} without a face"] * bool(without)
-    parts += [f"{len(unreadable):,} could not be read"] * bool(unreadable)
-    return ", ".join(parts)
+        left_out = f", {len(unreadable):,} could not be read" if unreadable else ""
+        print(f"{summary}{left_out}", file=sys.stderr)
+    return 0 if first else 2
 
 
 def draw_samples(model: nn.Module, class_names: list[str], args: argparse.Namespace) -> None:
@@ -244,8 +291,9 @@ def main(argv: list[str] | None = None) -> int | None:
         raise InputError(f"--batch-size must be at least 1, not {args.batch_size}")
     if args.output and Path(args.output).suffix.lower() not in (".csv", ".json"):
         raise InputError(f"--output {args.output}: the name must end in .csv or .json")
-    if args.min_face is not None and args.min_face < 1:
-        raise InputError(f"--min-face must be at least 1, not {args.min_face}")
+    for flag, value in (("--min-face", args.min_face), ("--every", args.every)):
+        if value is not None and value < 1:
+            raise InputError(f"{flag} must be at least 1, not {value}")
     if args.output:
         check_folder_of(Path(args.output))
     path = find_checkpoint(args.checkpoint)

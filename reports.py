@@ -199,6 +199,22 @@ def plot_reliability(metrics: dict, path: str | Path) -> None:
     figure.savefig(path, format="png")
 
 
+def plot_timeline(points: list[tuple], class_names: list[str], path: str | Path, *, title: str) -> None:
+    """Probabilities over time: `points` are (seconds, probability of each class), gaps where no face was found."""
+    figure = _figure(11, 4)
+    axes = figure.subplots()
+    times, probs = np.array([point[0] for point in points]), 100 * np.array([point[1:] for point in points])
+    steps = np.diff(times)
+    gaps = np.flatnonzero(steps > 1.5 * np.median(steps)) + 1 if len(steps) else []
+    marker = "o" if len(points) < 4 else None  # a line through one point can't be seen
+    for name, values in zip(class_names, probs.T, strict=True):
+        axes.plot(np.insert(times, gaps, np.nan), np.insert(values, gaps, np.nan), label=_plain(name), marker=marker)
+    axes.set(xlabel="Time (s)", ylabel="Probability (%)", title=_plain(title), ylim=(-2, 102))
+    axes.grid(alpha=0.3)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper")
+    figure.savefig(path, format="png")
+
+
 def plot_samples(samples: list[tuple[np.ndarray, str, str, float]], path: str | Path, *, title: str) -> None:
     """A grid of (picture uint8 (H, W) or (H, W, 3), true class or "", predicted class, confidence in percent)."""
     columns = min(5, len(samples))

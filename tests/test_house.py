@@ -31,6 +31,7 @@ MODULES = {  # module: (what it may import at its top, what inside functions as 
     "splits": ("data models numpy torch", ""),
     "training_run": ("augment checkpoints decoding engine finetuning models splits numpy torch", ""),
     "finetuning": ("models torch", "torchvision"),
+    "video": ("checkpoints console faces inference models overlay numpy torch tqdm", "reports"),
     "hubconf": ("predict_emotion", ""),
 }
 FOR_SCRIPTS = {"torch", "numpy", "PIL", "tqdm", "predict_emotion"}

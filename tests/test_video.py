@@ -1,0 +1,144 @@
+"""Videos as input: rows with time stamps, an annotated copy, a timeline; clips are built from a portrait."""
+
+import csv
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import predict_emotion
+from checkpoints import make_checkpoint, save_checkpoint
+from console import run_script
+from models import InputError, create_model
+from video import Video, VideoCopy, is_video
+
+REPO = Path(__file__).resolve().parent.parent
+NAMES = ["angry", "happy", "sad"]
+cv2 = pytest.importorskip("cv2", reason="needs OpenCV")
+data = pytest.importorskip("skimage.data", reason="needs scikit-image for its portrait")
+FRAMES, FPS, SIZE = 24, 12, (320, 240)
+
+
+def write_clip(path, frames=FRAMES, empty=()):
+    """The portrait moving to the right; frames in `empty` show nothing. Its face has about 90 pixels."""
+    portrait = Image.fromarray(data.astronaut()).crop((90, 0, 330, 240))
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*"mp4v"), FPS, SIZE)
+    assert writer.isOpened()
+    for number in range(frames):
+        frame = Image.new("RGB", SIZE, (90, 110, 130))
+        if number not in empty:
+            frame.paste(portrait, (number % 40, 0))
+        writer.write(np.asarray(frame)[:, :, ::-1].copy())
+    writer.release()
+    return path
+
+
+@pytest.fixture(scope="module")
+def model_path(tmp_path_factory):
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("model") / "model.pth"
+    model = create_model("cnn4_bn", len(NAMES))
+    save_checkpoint(make_checkpoint(model, NAMES, trained_on="faces", epoch=1, metrics={}, config={}), path)
+    return path
+
+
+@pytest.fixture
+def run(capsys, model_path):
+    def run_main(*args):
+        with pytest.raises(SystemExit) as stop:
+            run_script(lambda: predict_emotion.main([*map(str, args), "--checkpoint", str(model_path)]))
+        out, err = capsys.readouterr()
+        return stop.value.code or 0, out, err
+
+    return run_main
+
+
+def rows_of(path):
+    with open(path, encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_endings():
+    assert is_video("a.mp4") and is_video(Path("b.MOV")) and not is_video("c.jpg") and not is_video("mp4")
+
+
+def test_frames_are_rgb_with_their_times(tmp_path):
+    video = Video(write_clip(tmp_path / "clip.mp4"))
+    assert (video.size, video.fps, video.count) == (SIZE, FPS, FRAMES)
+    frames = list(video)
+    assert [number for number, _, _ in frames] == list(range(FRAMES))
+    assert [seconds for _, seconds, _ in frames] == pytest.approx([number / FPS for number in range(FRAMES)])
+    assert np.abs(frames[0][2][-5:, -5:].reshape(-1, 3).mean(0) - (90, 110, 130)).max() < 8
+
+
+def test_rows_have_time_stamps(run, tmp_path):
+    clip = write_clip(tmp_path / "clip.mp4", empty=range(8, 16))
+    code, out, err = run(clip, "--every", 4, "--output", tmp_path / "p.csv")
+    assert code == 0
+    rows = rows_of(tmp_path / "p.csv")
+    assert [float(row["time"]) for row in rows] == pytest.approx([n / FPS for n in range(0, FRAMES, 4)], abs=1e-3)
+    assert [row["face"] for row in rows] == ["1", "1", "none", "none", "1", "1"]
+    assert {row["file"] for row in rows} == {str(clip)}
+    lefts = [int(row["left"]) for row in rows if row["left"]]
+    assert lefts == sorted(lefts) and lefts[-1] - lefts[0] == pytest.approx(20, abs=5)
+    assert "clip.mp4 at 0.67 s: no face found" in out
+
+
+def test_annotated_copy_has_the_same_frames_and_duration(run, tmp_path):
+    clip = write_clip(tmp_path / "my clip.mp4", empty=range(8, 16))
+    before = clip.read_bytes()
+    assert run(clip, "--every", 2, "--annotate", tmp_path / "out")[0] == 0
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"my clip.faces.mp4", "my clip.timeline.png"}
+    assert clip.read_bytes() == before
+    copy, original = Video(tmp_path / "out" / "my clip.faces.mp4"), Video(clip)
+    assert (copy.count, copy.fps, copy.size) == (original.count, original.fps, original.size)
+    changed = [np.abs(a[2].astype(int) - b[2]).max(2) > 60 for a, b in zip(copy, original, strict=True)]
+    assert all(frame.mean() > 0.005 for frame in changed)  # box and label, or that there is no face
+    with Image.open(tmp_path / "out" / "my clip.timeline.png") as image:
+        assert len(np.unique(np.asarray(image.convert("RGB")).reshape(-1, 3), axis=0)) > 20
+
+
+def test_pictures_and_videos_together(run, tmp_path):
+    clip = write_clip(tmp_path / "clip.mp4", frames=3)
+    Image.fromarray(data.astronaut()).save(tmp_path / "photo.png")
+    code, out, err = run(clip, tmp_path / "photo.png", "--output", tmp_path / "p.json")
+    assert code == 0 and err.splitlines()[-1] == "1 pictures, 1 videos, 4 faces"
+
+
+@pytest.mark.parametrize("content", [b"", b"no video", b"\0\0\0\x18ftypmp42" + bytes(500)])
+def test_broken_videos_are_named(run, tmp_path, content):
+    (tmp_path / "broken.mp4").write_bytes(content)
+    code, out, err = run(tmp_path / "broken.mp4", "--annotate", tmp_path / "out")
+    assert (code, out) == (2, "")
+    assert "error: " in err and "broken.mp4" in err and "Traceback" not in err
+    code, out, err = run(tmp_path / "broken.mp4", write_clip(tmp_path / "good.mp4", frames=2))
+    assert code == 0 and "broken.mp4" in err and "1 could not be read" in err
+
+
+def test_every_must_be_positive(run, tmp_path):
+    code, out, err = run(tmp_path / "clip.mp4", "--every", 0)
+    assert (code, out) == (2, "") and "--every" in err
+
+
+def test_an_unfinished_copy_leaves_nothing(tmp_path):
+    copy = VideoCopy(tmp_path / "a.mp4", 10, (33, 21))
+    copy.add(np.zeros((21, 33, 3), np.uint8))
+    copy.close(keep=False)
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(InputError, match=r"nowhere.a\.mp4"):
+        VideoCopy(tmp_path / "nowhere" / "a.mp4", 10, (32, 32))
+
+
+def test_without_opencv_a_video_says_what_to_install(model_path, tmp_path):
+    clip = write_clip(tmp_path / "clip.mp4", frames=2)
+    (tmp_path / "modules").mkdir()
+    (tmp_path / "modules" / "cv2.py").write_text("raise ImportError('No module named cv2')")
+    command = [sys.executable, str(REPO / "predict_emotion.py"), str(clip), "--checkpoint", str(model_path)]
+    env = {**os.environ, "PYTHONPATH": str(tmp_path / "modules"), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2 and "pip install" in done.stderr and "Traceback" not in done.stderr

@@ -1,0 +1,132 @@
+"""Video files: their frames, the faces in them, an annotated copy and a timeline. OpenCV reads and writes them.
+
+    for number, seconds, pixels in Video("clip.mp4"):       # uint8 (H, W, 3) in RGB order
+        ...
+"""
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from checkpoints import replace_file
+from console import make_output_dir
+from faces import load_opencv
+from inference import Finder, View, classify_batch, to_prediction
+from models import InputError, printable
+from overlay import draw_faces
+
+ENDINGS = {".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpeg", ".wmv", ".ogv"}
+
+
+def is_video(path) -> bool:
+    return Path(path).suffix.lower() in ENDINGS
+
+
+class Video:
+    """A video file. `fps` frames a second, `size` (width, height), `count` frames as the file says, 0 if it doesn't.
+
+    Iterating yields (number, seconds, pixels) of each frame, upright. Raises InputError where it can't be opened.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path, cv2 = Path(path), load_opencv()
+        if not self.path.is_file():
+            raise InputError(f"can't read {path}: no such file")
+        self.capture = cv2.VideoCapture(str(path))
+        is_open, frame = self.capture.read() if self.capture.isOpened() else (False, None)
+        if not is_open:
+            raise InputError(f"can't read {path}: no video that OpenCV can decode")
+        self._first = frame
+        self.size = frame.shape[1], frame.shape[0]
+        fps, self.count = self.capture.get(cv2.CAP_PROP_FPS), max(0, int(self.capture.get(cv2.CAP_PROP_FRAME_COUNT)))
+        self.fps = fps if 0 < fps < 1000 else 25.0
+
+    def __iter__(self) -> Iterator[tuple[int, float, np.ndarray]]:
+        cv2, number, frame = load_opencv(), 0, self._first
+        try:
+            while frame is not None:
+                yield number, number / self.fps, cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)
+                number += 1
+                frame = self.capture.read()[1]
+        finally:
+            self.capture.release()
+
+
+class VideoCopy:
+    """Writes frames to an .mp4 file, which is in its place once `close` is called; nothing is left without it."""
+
+    def __init__(self, path: Path, fps: float, size: tuple[int, int]):
+        cv2 = load_opencv()
+        self.path, self.size = path, (size[0] // 2 * 2, size[1] // 2 * 2)  # codecs want even sides
+        self.temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp.mp4")
+        self.writer = cv2.VideoWriter(str(self.temporary), cv2.VideoWriter_fourcc(*"mp4v"), fps, self.size)
+        if not self.writer.isOpened():
+            raise InputError(f"can't write {path}: this OpenCV writes no mp4v video")
+
+    def add(self, image) -> None:
+        """A frame, PIL or uint8 (H, W, 3) in RGB order, brought to the copy's size."""
+        cv2, pixels = load_opencv(), np.asarray(image)
+        if pixels.shape[1::-1] != self.size:
+            pixels = cv2.resize(pixels, self.size, interpolation=cv2.INTER_AREA)
+        self.writer.write(cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR))
+
+    def close(self, *, keep: bool = True) -> None:
+        self.writer.release()
+        try:
+            if keep:
+                os.replace(self.temporary, self.path)
+        except OSError as error:
+            raise InputError(f"can't write {self.path}: {error.strerror}") from None
+        finally:
+            with contextlib.suppress(OSError):
+                self.temporary.unlink()
+
+
+def classify_video(
+    model: nn.Module, path: str, find: Finder, *, every: int = 1, annotate: str | None = None
+) -> Iterator[tuple[View, torch.Tensor | None]]:
+    """Yields (view, probs (num_classes,)) of every `every`th frame of a video, with the progress on standard error.
+
+    `annotate` is a folder for a copy, where frames in between show what the last one classified did, and a timeline
+    of the largest face. Memory does not grow with the length of the video but for the timeline's points.
+    """
+    video = Video(path)
+    copy, points = None, []
+    if annotate:
+        folder, stem = make_output_dir(annotate, "--annotate"), Path(path).stem
+        copy = VideoCopy(folder / f"{stem}.faces.mp4", video.fps, video.size)
+    is_whole = False
+    try:
+        with tqdm(total=video.count or None, desc=printable(path), unit="frames", leave=False, disable=None) as bar:
+            for number, seconds, pixels in video:
+                bar.update()
+                if number % every == 0:
+                    views = [(replace(view, source=path, time=round(seconds, 3)), part) for view, part in find(pixels)]
+                    results = classify_batch(model, views)
+                    shown = [(view.face, None if p is None else to_prediction(p, model.class_names))
+                             for view, p in results]  # fmt: skip
+                    if copy and results[0][1] is not None:
+                        points.append((seconds, *results[0][1].tolist()))
+                    yield from results
+                if copy:
+                    copy.add(draw_faces(pixels, shown, enlarge=False))
+            is_whole = True
+        if number + 1 < video.count:
+            print(f"{printable(path)}: {number + 1:,} of {video.count:,} frames could be read", file=sys.stderr)
+    finally:
+        if copy:
+            copy.close(keep=is_whole)
+    if points:
+        import reports
+
+        target = folder / f"{stem}.timeline.png"
+        title = Path(path).name + (", largest face" if results[0][0].kind != "whole" else "")
+        replace_file(target, lambda path: reports.plot_timeline(points, model.class_names, path, title=title))
