@@ -123,6 +123,22 @@ def test_small_data(faces):
     assert sorted(contents("few_10_0/test")) == sorted(contents("four/test"))
 
 
+def test_faces(tmp_path):
+    from PIL import Image
+
+    data = pytest.importorskip("skimage.data", reason="needs scikit-image for its portrait")
+    face = Image.fromarray(data.astronaut()).crop((175, 64, 275, 164)).resize((48, 48))
+    (tmp_path / "train" / "happy").mkdir(parents=True)
+    for number in range(2):
+        face.save(tmp_path / "train" / "happy" / f"{number}.png")
+    done = run("faces", "--data-dir", tmp_path, "--rounds", 1, "--checkpoint", REPO / "weights" / "emotion_model.pth")
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[0].startswith("faces found in 2 of 2 pictures")
+    assert abs(float(lines[0].rpartition("margin ")[2]) - 0.01) < 0.05  # the crop is about as wide as the box
+    assert [float(cell.removesuffix(" ms")) > 0 for line in lines[4:] for cell in cells_of(line)[1:]] == [True] * 4
+
+
 @pytest.mark.parametrize("name", ["accuracy", "speedrun", "small_data"])
 def test_without_val_nothing_is_trained(pictures, name):
     done = run(name, "--data-dir", pictures)
@@ -148,7 +164,7 @@ def test_a_wrong_flag_is_one_line_before_anything_is_measured(faces, words):
 
 
 @pytest.mark.parametrize(
-    "name", ["training_speed", "prediction_speed", "memory", "precision", "accuracy", "speedrun", "small_data"]
+    "name", ["training_speed", "prediction_speed", "memory", "precision", "accuracy", "speedrun", "small_data", "faces"]
 )
 def test_a_missing_folder_is_one_line(name, tmp_path):
     done = run(name, "--data-dir", tmp_path / "nothing")

@@ -25,6 +25,7 @@ MODULES = {  # module: (what it may import at its top, what inside functions as 
     "engine": ("models torch tqdm", ""),
     "faces": ("numpy decoding models", "cv2"),
     "inference": ("checkpoints data decoding engine faces models numpy torch", ""),
+    "live": ("faces inference models video numpy torch", ""),
     "models": ("torch", "torchvision safetensors"),
     "overlay": ("checkpoints console decoding faces inference models numpy PIL", ""),
     "reports": ("numpy", "sklearn matplotlib"),
@@ -93,6 +94,13 @@ def test_imports_follow_the_table(name):
         assert not imports_anywhere(FILES[name]) & (set(SCRIPTS) - {"predict_emotion"})
     else:
         assert imports_anywhere(FILES[name]) <= inside
+
+
+@pytest.mark.parametrize("path", sorted((REPO / "examples").glob("*.py")), ids=lambda path: path.stem)
+def test_examples_are_users_of_the_api(path):
+    ours = imports_anywhere(path) & (set(SCRIPTS) | set(MODULES) | {"benchmarks", "tests"})
+    assert ours <= {"predict_emotion", "train_emotion_cnn", "console", "decoding", "faces", "live", "models", "overlay",
+                    "video"}  # fmt: skip
 
 
 def test_table_test_sees_a_forbidden_import(tmp_path):

@@ -1,0 +1,1 @@
+"""Programs that use the import API; each runs as `python -m examples.NAME`."""

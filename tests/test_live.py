@@ -1,0 +1,227 @@
+"""Faces followed and smoothed over frames, and the examples that use a camera, on clips in the place of one."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from test_video import FRAMES, SIZE, write_clip
+
+from checkpoints import make_checkpoint, save_checkpoint
+from examples import emotion_cam, song_recommend
+from faces import Face
+from live import Camera, Tracker, watch
+from models import InputError, create_model
+from predict_emotion import load_model
+from video import Video
+
+REPO = Path(__file__).resolve().parent.parent
+EMOTIONS = ["angry", "disgust", "fear", "happy", "neutral", "sad", "surprise"]
+data = pytest.importorskip("skimage.data", reason="needs scikit-image for its portrait")
+
+
+@pytest.fixture(scope="module")
+def model_path(tmp_path_factory):
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("model") / "model.pth"
+    model = create_model("cnn4_bn", len(EMOTIONS))
+    save_checkpoint(make_checkpoint(model, EMOTIONS, trained_on="faces", epoch=1, metrics={}, config={}), path)
+    return path
+
+
+def run(module, *args, **variables):
+    command = [sys.executable, "-m", f"examples.{module}", *map(str, args)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", **variables}
+    return subprocess.run(command, cwd=REPO, env=env, capture_output=True, text=True, timeout=300)
+
+
+def assert_refused(done, *words):
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+    line = done.stderr.splitlines()[-1]
+    assert line.startswith("error: ") and all(word in line for word in words), line
+
+
+def face(left, width=50):
+    return Face(left, 100, width, width, 1.0)
+
+
+def prediction(happy):
+    return "happy", happy, {"happy": happy, "sad": 100 - happy}
+
+
+# Tracking
+
+
+def test_probabilities_are_smoothed_per_face():
+    tracker = Tracker(smooth=0.75)
+    tracker.detect([face(0), face(300)])
+    tracker.classify([prediction(100.0), prediction(0.0)])
+    tracker.detect([face(305), face(4)])  # moved, and in another order
+    tracker.classify([prediction(0.0), prediction(100.0)])
+    assert [track.face.left for track in tracker.tracks] == [4, 305]
+    assert [track.probs["happy"] for track in tracker.tracks] == [75.0, 25.0]
+    assert tracker.tracks[1].prediction == ("sad", 75.0, {"happy": 25.0, "sad": 75.0})
+
+
+def test_no_smoothing_is_the_last_prediction():
+    tracker = Tracker(smooth=0.0)
+    tracker.detect([face(0)])
+    for happy in (90.0, 20.0):
+        tracker.classify([prediction(happy)])
+    assert tracker.tracks[0].probs["happy"] == 20.0
+
+
+def test_a_face_that_is_missed_stays_for_a_while():
+    tracker = Tracker(patience=2)
+    tracker.detect([face(0)])
+    tracker.classify([prediction(80.0)])
+    tracker.detect([])
+    assert len(tracker.tracks) == 1
+    tracker.detect([face(3)])  # found again before it is given up
+    tracker.detect([])
+    tracker.detect([])
+    assert tracker.tracks == []
+
+
+def test_a_jump_is_another_face():
+    tracker = Tracker(patience=5)
+    tracker.detect([face(0)])
+    tracker.classify([prediction(80.0)])
+    tracker.detect([face(200)])
+    assert [(track.face.left, track.probs is None) for track in tracker.tracks] == [(0, False), (200, True)]
+
+
+def test_watch_follows_the_face_of_a_clip(model_path, tmp_path):
+    model, names = load_model(model_path, "cpu")
+    frames = [pixels for _, _, pixels in Video(write_clip(tmp_path / "clip.mp4"))]
+    seen = list(watch(model, names, frames, detect_every=3))
+    assert all(np.array_equal(pixels, frame) for (pixels, _), frame in zip(seen, frames, strict=True))
+    assert all(len(results) == 1 for _, results in seen)
+    lefts = [results[0][0].left for _, results in seen]
+    assert lefts[0] == lefts[1] == lefts[2] and lefts[-1] > lefts[0] + 10
+    assert all(abs(sum(results[0][1][2].values()) - 100) < 0.01 for _, results in seen)
+
+
+def test_frames_are_dropped_rather_than_queued(tmp_path):
+    camera = Camera(str(write_clip(tmp_path / "clip.mp4")))  # 2 seconds, 12 frames a second
+    shown, start = 0, time.monotonic()
+    for _ in camera:
+        time.sleep(0.3)  # slower than the clip
+        shown += 1
+    camera.close()
+    assert 2 <= shown <= FRAMES // 2 and time.monotonic() - start < 20
+
+
+# The camera example
+
+
+def test_headless_writes_every_frame(model_path, tmp_path):
+    clip, out = write_clip(tmp_path / "clip.mp4"), tmp_path / "out.mp4"
+    done = run("emotion_cam", "--source", clip, "--headless", out, "--checkpoint", model_path, "--min-face", 40)
+    assert done.returncode == 0, done.stderr
+    assert f"{FRAMES} frames, 100% with a face" in done.stdout
+    copy = Video(out)
+    assert (copy.count, copy.size) == (FRAMES, SIZE)
+    changed = [np.abs(a[2].astype(int) - b[2]).max(2) > 60 for a, b in zip(copy, Video(clip), strict=True)]
+    assert all(frame.mean() > 0.01 for frame in changed)
+
+
+@pytest.mark.parametrize("words", [
+    ("--source", "77"), ("--source", "nowhere.mp4"), ("--smooth", "1"), ("--detect-every", "0"), ("--min-face", "0"),
+    ("--headless", "out.avi"),
+])  # fmt: skip
+def test_camera_mistakes_are_one_line(model_path, words):
+    assert_refused(run("emotion_cam", *words, "--checkpoint", model_path), words[1])
+
+
+def test_no_window_is_one_line(model_path, tmp_path):
+    import cv2
+
+    if "GUI:                           NONE" not in cv2.getBuildInformation().replace("\t", " "):
+        pytest.skip("this OpenCV can show windows")
+    done = run("emotion_cam", "--source", write_clip(tmp_path / "clip.mp4"), "--checkpoint", model_path)
+    assert_refused(done, "--headless", "opencv-python")
+
+
+def test_a_camera_that_stops_is_one_line(tmp_path):
+    camera = Camera(str(write_clip(tmp_path / "clip.mp4", frames=2)))
+    camera.is_camera = True  # a clip's end is what an unplugged camera looks like
+    with pytest.raises(InputError, match="stopped sending pictures"):
+        for _ in camera:
+            pass
+
+
+def test_rate_counts_frames_per_second():
+    rate = emotion_cam.Rate()
+    rate.tick()
+    rate.times[0] -= 0.5
+    assert rate.tick() == pytest.approx(2, rel=0.05)
+
+
+# Songs
+
+
+@pytest.mark.parametrize("service", list(song_recommend.SERVICES))
+def test_a_song_for_a_picture(model_path, tmp_path, service):
+    Image.fromarray(data.astronaut()).save(tmp_path / "photo.png")
+    words = ("--source", tmp_path / "photo.png", "--service", service, "--no-browser", "--checkpoint", model_path)
+    done = run("song_recommend", *words)
+    assert done.returncode == 0, done.stderr
+    said, address = done.stdout.splitlines()[-2:]
+    emotion = said.split()[2]
+    songs = song_recommend.read_songs(song_recommend.SONGS, EMOTIONS)
+    assert said.partition("A song for that: ")[2] in songs[emotion]
+    assert address.startswith(song_recommend.SERVICES[service].partition("{")[0]) and " " not in address
+    assert "stay on this machine" in done.stdout
+
+
+def test_a_song_for_a_clip(model_path, tmp_path):
+    words = ("--source", write_clip(tmp_path / "clip.mp4"), "--no-browser", "--checkpoint", model_path)
+    done = run("song_recommend", *words)
+    assert done.returncode == 0 and "A song for that" in done.stdout, done.stderr
+
+
+def test_the_browser_is_asked_for_the_song_alone(model_path, tmp_path, monkeypatch, capsys):
+    Image.fromarray(data.astronaut()).save(tmp_path / "photo.png")
+    opened = []
+    monkeypatch.setattr(song_recommend.webbrowser, "open", lambda address: opened.append(address) or False)
+    song_recommend.main(["--source", str(tmp_path / "photo.png"), "--checkpoint", str(model_path)])
+    out = capsys.readouterr().out
+    assert len(opened) == 1 and opened[0] in out and "no browser could be opened" in out
+
+
+def test_the_dominant_emotion_is_that_of_the_largest_face_over_time():
+    small, large = (face(0, 20), prediction(100.0)), (face(100, 90), prediction(10.0))
+    seen = [(None, [small, large]), (None, []), (None, [(face(100, 90), prediction(30.0))])]
+    assert song_recommend.dominant_emotion(seen, ["happy", "sad"]) == ("sad", 80.0)
+    with pytest.raises(InputError, match="no face"):
+        song_recommend.dominant_emotion([(None, [])], ["happy", "sad"])
+
+
+@pytest.mark.parametrize("content, words", [
+    (b"happy = [", ["TOML"]), (b"\xff\xfe", ["TOML"]), (b'happy = "one"', ["happy", "list"]),
+    (b"happy = [1]", ["happy", "list"]), (b'happy = [" "]', ["happy", "list"]),
+    (b'happy = ["a - b"]', ["no song for", "angry", "surprise"]),
+])  # fmt: skip
+def test_song_lists_are_checked(tmp_path, content, words):
+    (tmp_path / "songs.toml").write_bytes(content)
+    with pytest.raises(InputError) as caught:
+        song_recommend.read_songs(tmp_path / "songs.toml", EMOTIONS)
+    assert "songs.toml" in str(caught.value) and "\n" not in str(caught.value)
+    assert all(word in str(caught.value) for word in words)
+
+
+@pytest.mark.parametrize("words", [("--source", "nowhere.jpg"), ("--source", "77"), ("--songs", "nowhere.toml"),
+                                   ("--seconds", "0")])  # fmt: skip
+def test_song_mistakes_are_one_line(model_path, words):
+    assert_refused(run("song_recommend", *words, "--checkpoint", model_path), words[1])
+
+
+def test_a_picture_without_a_face_has_no_song(model_path, tmp_path):
+    Image.fromarray(data.chelsea()).save(tmp_path / "cat.png")
+    assert_refused(run("song_recommend", "--source", tmp_path / "cat.png", "--checkpoint", model_path), "no face")
