@@ -51,10 +51,10 @@ def make_output_dir(path: str | Path, flag: str = "--output-dir") -> Path:
         raise InputError(f"can't write to {flag} {path}: {error.strerror}") from None
 
 
-def check_folder_of(path: Path) -> None:
-    """InputError where --output could not be written, before the work is done for it."""
+def check_writable(path: str | Path, flag: str = "--output") -> None:
+    """InputError where the file that `flag` names could not be written, before the work is done for it."""
     try:
-        with tempfile.TemporaryFile(dir=path.parent):
+        with tempfile.TemporaryFile(dir=Path(path).parent):
             pass
     except OSError as error:
-        raise InputError(f"can't write --output {path}: {error.strerror}") from None
+        raise InputError(f"can't write {flag} {path}: {error.strerror}") from None

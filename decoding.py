@@ -38,9 +38,9 @@ def read_image(source, spec: InputSpec) -> np.ndarray:
 def read_whole(source) -> np.ndarray:
     """A picture at its own size as uint8 (H, W, 3) in RGB order; `source` and errors are those of read_image."""
     with _named_errors(source):
-        image = _open(source)
-        is_ready = isinstance(source, np.ndarray) and source.ndim == 3
-        return source if is_ready else np.asarray(_to_upright(image, channels=3))
+        if isinstance(source, np.ndarray) and source.ndim == 3:
+            return _check_array(source)
+        return np.asarray(_to_upright(_open(source), channels=3))
 
 
 @contextlib.contextmanager
@@ -62,11 +62,7 @@ def _open(source) -> Image.Image:
             raise ValueError("it has no pixels")
         return source
     if isinstance(source, np.ndarray):
-        if source.size == 0:
-            raise ValueError("it has no pixels")
-        if source.dtype != np.uint8 or not (source.ndim == 2 or (source.ndim == 3 and source.shape[2] == 3)):
-            raise ValueError(f"an array must be uint8 (H, W, 3) or (H, W), not {source.dtype} {source.shape}")
-        return Image.fromarray(source)
+        return Image.fromarray(_check_array(source))
     if not isinstance(source, str | os.PathLike):
         raise ValueError(f"it is {type(source).__name__}, where a path, a PIL image or a uint8 array was expected")
     info = os.stat(source)
@@ -79,6 +75,14 @@ def _open(source) -> Image.Image:
     if image.width * image.height > MAX_PIXELS:
         raise ValueError(f"{image.width} x {image.height} pixels are more than the {MAX_PIXELS:,} that are allowed")
     return image
+
+
+def _check_array(array: np.ndarray) -> np.ndarray:
+    if array.size == 0:
+        raise ValueError("it has no pixels")
+    if array.dtype != np.uint8 or not (array.ndim == 2 or (array.ndim == 3 and array.shape[2] == 3)):
+        raise ValueError(f"an array must be uint8 (H, W, 3) or (H, W), not {array.dtype} {array.shape}")
+    return array
 
 
 def _to_upright(image: Image.Image, channels: int) -> Image.Image:

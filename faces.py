@@ -13,12 +13,13 @@ from pathlib import Path
 import numpy as np
 
 from decoding import read_whole
-from models import InputError, printable
+from models import InputError
 
 LONGEST = 1280  # pixels; larger pictures are searched on a copy of this longer side
 SMALLEST = 30  # pixels of the box, in what is searched; the cascade was trained on 20
 MARGIN = {"haar": 0.02, "yunet": 0.0}  # on each side; benchmarks.faces measures the cascade's, YuNet's is a guess
-INSTALL = "faces are found by OpenCV: pip install \"opencv-python-headless>=4.10,<5\""
+CASCADE = "haarcascade_frontalface_alt2.xml"
+INSTALL = 'faces and videos need OpenCV: pip install "opencv-python-headless>=4.10,<5"'
 _local = threading.local()  # a detector holds state while it searches, so each thread has its own
 
 
@@ -44,21 +45,25 @@ def load_opencv():
     """The module cv2. Raises InputError that says what to install where it is missing, broken, or without cascades."""
     os.environ.setdefault("OPENCV_LOG_LEVEL", "OFF")  # what it would print about broken videos, we say in one line
     os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
+    os.environ.setdefault("OPENCV_VIDEOIO_MSMF_ENABLE_HW_TRANSFORMS", "0")  # or Windows takes a minute per camera
     try:
         import cv2
 
-        if not hasattr(cv2, "CascadeClassifier"):
-            raise ImportError("OpenCV 5 has no cascades")
+        if not os.path.isfile(cv2.data.haarcascades + CASCADE) or not hasattr(cv2, "CascadeClassifier"):
+            raise ImportError("this build of OpenCV has no cascades")
     except Exception as error:  # a broken build raises anything
-        raise InputError(f"{INSTALL} ({printable(error).splitlines()[0] or type(error).__name__})") from None
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise InputError(f"{INSTALL} ({reason})") from None
     return cv2
 
 
-def has_opencv() -> bool:
+def opencv_problem() -> str | None:
+    """Why faces can't be looked for, and what to do; None where they can."""
     try:
-        return bool(load_opencv())
-    except InputError:
-        return False
+        load_opencv()
+    except InputError as error:
+        return str(error)
+    return None
 
 
 def find_faces(image, *, min_size: int | None = None, yunet: str | Path | None = None) -> list[Face]:
@@ -81,17 +86,15 @@ def find_faces(image, *, min_size: int | None = None, yunet: str | Path | None =
         size = (max(1, round(scale * width)), max(1, round(scale * height)))
         pixels = cv2.resize(pixels, size, interpolation=cv2.INTER_AREA)
     boxes = _search_yunet(cv2, pixels, least, str(yunet)) if yunet else _search_cascade(cv2, pixels, least)
-    faces = [_to_face(box, score, scale, width, height, "yunet" if yunet else "haar") for box, score in boxes]
+    scales = pixels.shape[1] / width, pixels.shape[0] / height
+    faces = [_to_face(box, score, scales, (width, height), "yunet" if yunet else "haar") for box, score in boxes]
     faces = [face for face in faces if face.width > 0 and face.height > 0]
     return sorted(faces, key=lambda face: (face.width * face.height, face.score), reverse=True)
 
 
 def _search_cascade(cv2, pixels: np.ndarray, least: int) -> list[tuple[np.ndarray, float]]:
     if not hasattr(_local, "cascade"):
-        _local.cascade = cv2.CascadeClassifier(cv2.data.haarcascades + "haarcascade_frontalface_alt2.xml")
-        if _local.cascade.empty():
-            del _local.cascade
-            raise InputError(f"{INSTALL} (its cascades are missing)")
+        _local.cascade = cv2.CascadeClassifier(cv2.data.haarcascades + CASCADE)
     gray = cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY)
     boxes, _, scores = _local.cascade.detectMultiScale3(gray, 1.1, 5, minSize=(least, least), outputRejectLevels=True)
     return list(zip(np.reshape(boxes, (-1, 4)), np.ravel(scores), strict=True))
@@ -111,12 +114,13 @@ def _search_yunet(cv2, pixels: np.ndarray, least: int, path: str) -> list[tuple[
     return [(row[:4], float(row[-1])) for row in rows if min(row[2:4]) >= least]
 
 
-def _to_face(box: np.ndarray, score: float, scale: float, width: int, height: int, detector: str) -> Face:
-    """`box` (left, top, width, height) in pixels of what was searched, clipped to the picture of width x height."""
-    left, top, right, bottom = (
-        min(max(round(float(edge) / scale), 0), limit)
-        for edge, limit in zip((box[0], box[1], box[0] + box[2], box[1] + box[3]), (width, height) * 2, strict=True)
-    )
+def _to_face(box, score: float, scales: tuple[float, float], size: tuple[int, int], detector: str) -> Face:
+    """`box` (left, top, width, height) in pixels of what was searched, clipped to the picture of `size`."""
+    sides = []
+    for start, length, scale, limit in zip(box[:2], box[2:4], scales, size, strict=True):
+        ends = (float(start) / scale, float(start + length) / scale)
+        sides.append([min(max(round(end), 0), limit) for end in ends])
+    (left, right), (top, bottom) = sides
     return Face(left, top, right - left, bottom - top, float(score), detector)
 
 

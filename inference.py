@@ -18,7 +18,7 @@ from checkpoints import BEST_NAME, build_model, read_checkpoint
 from data import SAMPLE_SET
 from decoding import in_chunks, read_image, read_whole, to_input
 from engine import memory_format, pick_device
-from faces import Face, crop_face, find_faces, has_opencv, load_opencv
+from faces import Face, crop_face, find_faces, opencv_problem
 from models import InputError, InputSpec, printable
 
 CROP_SIZE = 100  # pixels; a picture of no longer side is taken for the crop of a face
@@ -150,11 +150,12 @@ def make_finder(
 
     faces "off" takes the whole picture, "on" every face in it, "auto" every face but the whole of pictures of at most
     100 pixels, which are crops of faces already, and of all where OpenCV is missing. A picture without a face is one
-    view without pixels. Raises InputError where faces is "on" and OpenCV is missing.
+    view without pixels. Raises InputError where OpenCV is missing, and faces is "on" or `yunet` is given, and where
+    the detector can't be used.
     """
-    if faces == "on":
-        load_opencv()
-    is_blind = faces == "auto" and not has_opencv()
+    is_blind = faces == "auto" and not yunet and opencv_problem() is not None
+    if faces != "off" and not is_blind:
+        find_faces(np.zeros((32, 32, 3), np.uint8), yunet=yunet)  # so that a broken detector shows once, and first
 
     def find(source) -> list[tuple[View, np.ndarray | None]]:
         if faces == "off":
@@ -232,11 +233,13 @@ def classify_on_cores(
 
     def work(chunk: list) -> tuple[list[tuple[View, torch.Tensor | None]], list[tuple[object, str]]]:
         views, unreadable = _find_all(chunk, find)
-        return classify_batch(model, views), unreadable
+        parts = [views[start : start + batch_size] for start in range(0, len(views), batch_size)]  # of many faces
+        return [result for part in parts for result in classify_batch(model, part)], unreadable
 
+    size = max(1, min(batch_size // threads, len(sources) // (4 * threads)))  # or one core works and the others wait
     torch.set_num_threads(1)  # for the threads that start from here on
     try:
-        for _, (results, unreadable) in in_chunks(sources, work, max(1, batch_size // threads), workers=threads):
+        for _, (results, unreadable) in in_chunks(sources, work, size, workers=threads):
             for source, message in unreadable:
                 on_error(source, message)
             yield from results

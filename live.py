@@ -1,20 +1,21 @@
 """A camera, or a file in its place: the newest frame, faces followed from frame to frame, smoothed probabilities.
 
-    for pixels, results in watch(model, class_names, "0"):      # results: [(face, prediction), ...]
+    for pixels, results in watch(model, class_names, Camera("0")):      # results: [(face, prediction), ...]
         ...
 """
 
 import threading
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from torch import nn
 
+from decoding import read_image
 from faces import Face, crop_face, find_faces, load_opencv
-from inference import Prediction, predict_images
+from inference import Prediction, View, classify_batch, to_prediction
 from models import InputError
 from video import Video
 
@@ -22,48 +23,61 @@ from video import Video
 class Camera:
     """The newest frame of a camera, or of a file played at its speed; frames that nobody asked for in time are dropped.
 
-    `source` is a camera's number or a file's name. Raises InputError, also while iterating, where there is no such
-    camera, another program has it, or it stops sending pictures. Iterating yields uint8 (H, W, 3) in RGB order.
+    `source` is a camera's number or a file's name, `timeout` in seconds. `with Camera("0") as camera` closes it.
+    Raises InputError, also while iterating, where there is no such camera, another program has it, or it stops
+    sending pictures. Iterating yields uint8 (H, W, 3) in RGB order.
     """
 
     def __init__(self, source: str, *, timeout: float = 5.0):
         self.source, self.timeout, self.is_camera = source, timeout, source.isdecimal()
-        cv2 = load_opencv()
         if self.is_camera:
-            self.capture, self.pause = cv2.VideoCapture(int(source)), 0.0
+            self.capture, self.pause = load_opencv().VideoCapture(int(source)), 0.0
             if not self.capture.isOpened():
                 raise InputError(f"no camera {source}, or another program has it; try another number or a video file")
         else:
             video = Video(source)  # which says what is wrong with it
-            self.capture, self.pause = cv2.VideoCapture(source), 1 / video.fps
-        self._frame, self._number, self._ended = None, 0, False
-        self._news = threading.Condition()
+            self.capture, self.pause = video.capture, 1 / video.fps
+        self._frame, self._number, self._ended = None, 0, False  # under the lock of _news
+        self._news, self._stop = threading.Condition(), threading.Event()
         self._thread = threading.Thread(target=self._read, daemon=True)
         self._thread.start()
 
+    def __enter__(self) -> "Camera":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._stop.set()
+        self._thread.join(self.timeout)
+
     def _read(self) -> None:
-        due = time.monotonic()
-        while not self._ended:
-            is_there, frame = self.capture.read()
-            with self._news:
+        due, misses = time.monotonic(), 0
+        try:
+            while not self._stop.is_set() and misses < (5 if self.is_camera else 1):  # one lost frame is no lost camera
+                is_there, frame = self.capture.read()
+                misses = 0 if is_there else misses + 1
                 if is_there:
-                    self._frame, self._number = frame, self._number + 1
-                self._ended |= not is_there
+                    with self._news:
+                        self._frame, self._number = frame, self._number + 1
+                        self._news.notify_all()
+                due += self.pause
+                self._stop.wait(max(0.0, due - time.monotonic()) if self.pause else 0.0)
+        finally:
+            self.capture.release()
+            with self._news:
+                self._ended = True
                 self._news.notify_all()
-            due += self.pause
-            time.sleep(max(0.0, due - time.monotonic()) if self.pause else 0.0)
-        self.capture.release()
 
     def __iter__(self) -> Iterator[np.ndarray]:
         cv2, seen = load_opencv(), 0
         while True:
             with self._news:
-                is_new = self._news.wait_for(lambda: self._number > seen or self._ended, self.timeout)  # noqa: B023
+                self._news.wait_for(lambda: self._number > seen or self._ended, self.timeout)  # noqa: B023
                 frame, number, ended = self._frame, self._number, self._ended
             if number == seen:
-                if self.is_camera and (ended or not is_new):
-                    raise InputError(f"camera {self.source} has stopped sending pictures; is it plugged in?")
-                return
+                if ended and not self.is_camera:
+                    return
+                kind = "camera" if self.is_camera else "video"
+                raise InputError(f"{kind} {self.source} has stopped sending pictures; is it still there?")
             seen = number
             yield cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)
 
@@ -75,10 +89,6 @@ class Camera:
             yield pixels
             if time.monotonic() > end:
                 return
-
-    def close(self) -> None:
-        self._ended = True
-        self._thread.join(self.timeout)
 
 
 @dataclass
@@ -121,26 +131,29 @@ class Tracker:
         self.tracks = [track for track in self.tracks if track.missed < self.patience]
         self.tracks += [Track(face) for f, face in enumerate(found) if f not in placed]
 
+    @property
+    def found(self) -> list[Track]:
+        """Those that the last detection saw."""
+        return [track for track in self.tracks if not track.missed]
+
     def classify(self, predictions: list[Prediction]) -> None:
-        """Takes a prediction for each track, in their order."""
-        for track, (_, _, probs) in zip(self.tracks, predictions, strict=True):
+        """Takes a prediction for each track in `found`, in their order."""
+        for track, (_, _, probs) in zip(self.found, predictions, strict=True):
             past = track.probs or probs
             track.probs = {name: self.smooth * past[name] + (1 - self.smooth) * value for name, value in probs.items()}
 
 
 def _distance(one: Face, other: Face) -> float:
     """Between the centres, in widths of the larger face."""
-    x, y = (
-        a.left + a.width / 2 - b.left - b.width / 2 if axis == 0 else a.top + a.height / 2 - b.top - b.height / 2
-        for axis, (a, b) in enumerate(((one, other), (one, other)))
-    )
+    x = one.left + one.width / 2 - other.left - other.width / 2
+    y = one.top + one.height / 2 - other.top - other.height / 2
     return float(np.hypot(x, y)) / max(one.width, other.width)
 
 
 def watch(
     model: nn.Module,
     class_names: list[str],
-    frames,
+    frames: Iterable[np.ndarray],
     *,
     smooth: float = 0.7,
     detect_every: int = 3,
@@ -150,12 +163,13 @@ def watch(
     """Yields (pixels, [(face, smoothed prediction), ...]) of each of `frames`, uint8 (H, W, 3) in RGB order.
 
     Faces are looked for in every `detect_every`th frame and taken to stay where they are in between, where they are
-    classified all the same.
+    classified all the same. Raises InputError where the detector can't be used.
     """
     tracker = Tracker(smooth)
     for number, pixels in enumerate(frames):
         if number % detect_every == 0:
             tracker.detect(find_faces(pixels, min_size=min_size, yunet=yunet))
-        crops = [crop_face(pixels, track.face) for track in tracker.tracks]
-        tracker.classify(predict_images(model, crops, class_names))
-        yield pixels, [(replace(track.face), track.prediction) for track in tracker.tracks]
+        crops = [crop_face(pixels, track.face) for track in tracker.found]
+        results = classify_batch(model, [(View(None), read_image(crop, model.input_spec)) for crop in crops])
+        tracker.classify([to_prediction(probs, class_names) for _, probs in results])
+        yield pixels, [(track.face, track.prediction) for track in tracker.found]

@@ -3,6 +3,8 @@
     image = draw_faces(pixels, [(face, prediction), ...])           # a PIL image, no smaller than `pixels`
 """
 
+import os
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -41,7 +43,7 @@ def draw_faces(
     taken = [box for box, (face, _) in zip(boxes, results, strict=True) if face]
     for number, (box, (face, prediction)) in enumerate(zip(boxes, results, strict=True)):
         colour = COLOURS[number % len(COLOURS)]
-        font = ImageFont.load_default(max(13, min(round((box[2] - box[0]) / 7), round(max(image.size) / 28))))
+        font = _font(max(13, max(image.size) / 90, min((box[2] - box[0]) / 7, max(image.size) / 28)))
         if face:
             draw.rectangle(box, outline=colour, width=max(2, round(font.size / 6)))
         text = f"{prediction[0]} {prediction[1]:.0f}%" if prediction else "no face found"
@@ -49,6 +51,15 @@ def draw_faces(
         if prediction:
             taken += _draw_bars(draw, image.size, box, prediction[2], font, colour, taken, bool(face))
     return Image.alpha_composite(image.convert("RGBA"), layer).convert("RGB")
+
+
+@cache
+def _load_font(size: int) -> ImageFont.FreeTypeFont:
+    return ImageFont.load_default(size)
+
+
+def _font(size: float) -> ImageFont.FreeTypeFont:
+    return _load_font(round(size))
 
 
 def _enlargement(pixels: np.ndarray, faces: list[Face]) -> float:
@@ -70,7 +81,7 @@ def _draw_label(draw, size, box, text: str, font, colour: str) -> tuple[float, f
 
 def _draw_bars(draw, size, box, all_probs: dict[str, float], font, colour: str, taken: list, is_face: bool) -> list:
     """A bar for each class beside the box, or in the corner of a whole picture. Returns what they cover, if drawn."""
-    small = ImageFont.load_default(max(11, round(font.size * 0.75)))
+    small = _font(max(11, font.size * 0.75))
     line, names = small.size * 1.25, [printable(name) for name in all_probs]
     name_width = max(draw.textlength(name, font=small) for name in names) + small.size * 0.6
     width, height = name_width + 5 * small.size, line * len(names) + small.size * 0.4
@@ -97,12 +108,29 @@ def _overlap(a: tuple, b: tuple) -> bool:
     return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
 
 
-class Annotator:
-    """Writes annotated copies of pictures to `folder`, as results come in: all of one picture, then the next's."""
+class Targets:
+    """Names for annotated files in `folder`: every one another, on any file system, and none that of an input."""
 
-    def __init__(self, folder: str | Path):
-        self.folder, self.names = make_output_dir(folder, "--annotate"), set()
-        self.source, self.results = None, []
+    def __init__(self, folder: str | Path, inputs: list[str]):
+        self.folder = make_output_dir(folder, "--annotate")
+        self.taken = {os.path.realpath(path).casefold() for path in inputs}
+
+    def __call__(self, source, ending: str) -> Path:
+        """The path for what is made of `source`, such as photo.faces.jpg, photo.faces-2.jpg for another photo."""
+        stem, number = Path(source).stem, 1
+        path = self.folder / f"{stem}.faces{ending}"
+        while os.path.realpath(path).casefold() in self.taken:
+            number += 1
+            path = self.folder / f"{stem}.faces-{number}{ending}"
+        self.taken.add(os.path.realpath(path).casefold())
+        return path
+
+
+class Annotator:
+    """Writes annotated copies of pictures, as results come in: all of one picture, then the next's."""
+
+    def __init__(self, targets: Targets):
+        self.targets, self.source, self.results = targets, None, []
 
     def __call__(self, source, face: Face | None, prediction: Prediction | None) -> None:
         if self.results and source != self.source:
@@ -111,18 +139,9 @@ class Annotator:
         self.results.append((face, prediction))
 
     def close(self) -> None:
-        """Writes the picture whose results came last."""
+        """Writes the picture whose results came last. Raises InputError where it can't be written."""
         if self.results:
             image = draw_faces(read_whole(self.source), self.results)
-            path = self.folder / self._new_name(Path(self.source).stem)
-            replace_file(path, lambda temporary: image.save(temporary, format="JPEG", quality=92))
+            target = self.targets(self.source, ".jpg")
+            replace_file(target, lambda temporary: image.save(temporary, format="JPEG", quality=92))
         self.results = []
-
-    def _new_name(self, stem: str) -> str:
-        """Of pictures with the same name in several folders every one is kept."""
-        name, number = f"{stem}.faces.jpg", 1
-        while name in self.names:
-            number += 1
-            name = f"{stem}.faces-{number}.jpg"
-        self.names.add(name)
-        return name

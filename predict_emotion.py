@@ -11,6 +11,7 @@
 """
 
 import argparse
+import contextlib
 import glob
 import os
 import sys
@@ -23,11 +24,12 @@ import numpy as np
 from torch import nn
 
 from checkpoints import BEST_NAME, read_checkpoint, replace_file
-from console import ArgumentParser, check_folder_of, make_output_dir, run_script
+from console import ArgumentParser, check_writable, make_output_dir, run_script
 from data import find_classes, walk_pictures
 from decoding import read_image
-from faces import INSTALL, LONGEST, SMALLEST
+from faces import LONGEST, SMALLEST, opencv_problem
 from inference import (
+    BUNDLED,
     CROP_SIZE,
     Prediction,
     View,
@@ -43,10 +45,10 @@ from inference import (
     to_prediction,
 )
 from models import InputError, count_parameters, printable
-from overlay import Annotator
-from video import classify_video, is_video
+from overlay import Annotator, Targets
+from video import Video, classify_video, is_video
 
-__all__ = ["load_model", "predict_faces", "predict_image", "predict_images"]  # the public API
+__all__ = ["BUNDLED", "CROP_SIZE", "load_model", "predict_faces", "predict_image", "predict_images"]  # the public API
 COLUMNS = ["file", "time", "face", "left", "top", "width", "height", "score", "emotion", "confidence"]
 SAMPLES = 20  # pictures in prediction_samples.png
 
@@ -147,30 +149,44 @@ def print_info(checkpoint: dict, model: nn.Module) -> None:
     print("settings: " + ", ".join(f"{key} {printable(value)}" for key, value in config.items() if value is not None))
 
 
+class _Interrupted(Exception):
+    """Carries an error of the prediction past replace_file, which would take it for one of writing."""
+
+
 def write_rows(rows: Iterable[dict], columns: list[str], path: Path) -> None:
     """The predictions as CSV (empty where a column doesn't apply) or JSON (null), by the ending of `path`.
 
     Each is written as it comes, so that memory doesn't grow with a long video; `path` changes when all are there.
+    Raises InputError where it can't be written, and whatever `rows` raises.
     """
+
+    def guarded() -> Iterator[dict]:
+        try:
+            yield from rows
+        except (OSError, RuntimeError) as error:
+            raise _Interrupted from error
 
     def write(temporary: Path) -> None:
         with temporary.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
             if path.suffix.lower() == ".json":
                 import json
 
-                start = "[\n"
-                for row in rows:
-                    file.write(start + json.dumps({column: row.get(column) for column in columns}))
-                    start = ",\n"
+                file.write("[")
+                for number, row in enumerate(guarded()):
+                    content = json.dumps({column: row.get(column) for column in columns})
+                    file.write(("," if number else "") + "\n" + content)
                 file.write("\n]\n")
             else:
                 import csv
 
                 writer = csv.DictWriter(file, columns, restval="")
                 writer.writeheader()
-                writer.writerows(rows)
+                writer.writerows(guarded())
 
-    replace_file(path, write)
+    try:
+        replace_file(path, write)
+    except _Interrupted as interrupted:
+        raise interrupted.__cause__ from None
 
 
 def to_row(view: View, prediction: Prediction | None, class_columns: dict[str, str]) -> dict:
@@ -207,21 +223,23 @@ class Summary:
 
 def predict_all(model: nn.Module, paths: list[str], args: argparse.Namespace, on_error) -> Iterator[tuple]:
     """Yields (view, probs) of the pictures and then of the videos, annotated where --annotate asks for it."""
-    pictures = [path for path in paths if not is_video(path)]
+    pictures, videos = ([path for path in paths if is_video(path) == wanted] for wanted in (False, True))
     find = make_finder(model.input_spec, args.faces, min_size=args.min_face, yunet=args.yunet)
-    annotate = Annotator(args.annotate) if args.annotate else None
+    targets = Targets(args.annotate, paths) if args.annotate else None
+    annotate = Annotator(targets) if targets else None
     for view, probs in classify_on_cores(model, pictures, find, args.batch_size, on_error):
         yield view, probs
         if annotate:
             annotate(view.source, view.face, None if probs is None else to_prediction(probs, model.class_names))
     if annotate:
         annotate.close()
-    for path in paths:
-        if is_video(path):
-            try:
-                yield from classify_video(model, path, find, every=args.every, annotate=args.annotate)
-            except InputError as error:
-                on_error(path, str(error))
+    for path in videos:
+        try:
+            video = Video(path)
+        except InputError as error:
+            on_error(path, str(error))
+        else:
+            yield from classify_video(model, video, path, find, every=args.every, targets=targets)
 
 
 def predict_files(model: nn.Module, class_names: list[str], args: argparse.Namespace) -> int:
@@ -238,21 +256,26 @@ def predict_files(model: nn.Module, class_names: list[str], args: argparse.Names
     def rows() -> Iterator[dict]:
         for view, probs in predict_all(model, paths, args, on_error):
             prediction = None if probs is None else to_prediction(probs, class_names)
-            is_block = is_single and view.time is None
-            print_prediction(view, prediction, is_single=is_block, show_all=args.show_all)
+            if view.time is None:
+                print_prediction(view, prediction, is_single=is_single, show_all=args.show_all)
+            elif not (args.output or args.annotate):  # thousands of lines, that stand in the table or the copy
+                print_prediction(view, prediction, is_single=False, show_all=args.show_all)
             summary.add(view)
             yield to_row(view, prediction, class_columns)
 
-    found = rows()
-    first = list(islice(found, 1))
-    if first and args.output:
-        write_rows(chain(first, found), [*COLUMNS, *class_columns.values()], Path(args.output))
+    with contextlib.closing(rows()) as found:
+        first = list(islice(found, 1))
+        if args.output and first:
+            write_rows(chain(first, found), [*COLUMNS, *class_columns.values()], Path(args.output))
+        elif args.output:
+            print(f"{printable(args.output)} was not written", file=sys.stderr)
+        for _ in found:
+            pass
+    if args.output and first:
         print(f"written to {printable(args.output)}", file=sys.stderr)
-    for _ in found:
-        pass
     if args.faces == "auto" and summary.kinds["whole"]:
-        print(f"whole pictures were classified, since OpenCV is missing; {INSTALL}", file=sys.stderr)
-    if not is_single:
+        print(f"whole pictures were classified; {opencv_problem()}", file=sys.stderr)
+    if not is_single or summary.sources["videos"]:
         left_out = f", {len(unreadable):,} could not be read" if unreadable else ""
         print(f"{summary}{left_out}", file=sys.stderr)
     return 0 if first else 2
@@ -295,7 +318,7 @@ def main(argv: list[str] | None = None) -> int | None:
         if value is not None and value < 1:
             raise InputError(f"{flag} must be at least 1, not {value}")
     if args.output:
-        check_folder_of(Path(args.output))
+        check_writable(args.output)
     path = find_checkpoint(args.checkpoint)
     checkpoint = read_checkpoint(path)
     model, class_names = prepare_model(checkpoint, path, args.device)

@@ -17,11 +17,10 @@ from torch import nn
 from tqdm import tqdm
 
 from checkpoints import replace_file
-from console import make_output_dir
 from faces import load_opencv
 from inference import Finder, View, classify_batch, to_prediction
 from models import InputError, printable
-from overlay import draw_faces
+from overlay import Targets, draw_faces
 
 ENDINGS = {".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpeg", ".wmv", ".ogv"}
 
@@ -33,13 +32,18 @@ def is_video(path) -> bool:
 class Video:
     """A video file. `fps` frames a second, `size` (width, height), `count` frames as the file says, 0 if it doesn't.
 
-    Iterating yields (number, seconds, pixels) of each frame, upright. Raises InputError where it can't be opened.
+    Iterating, once, yields (number, seconds, pixels) of each frame, upright. The seconds are those of the file, also
+    where its frames are not evenly spaced. Raises InputError where it can't be opened.
     """
 
     def __init__(self, path: str | Path):
-        self.path, cv2 = Path(path), load_opencv()
+        self.path = Path(path)
         if not self.path.is_file():
             raise InputError(f"can't read {path}: no such file")
+        try:
+            cv2 = load_opencv()
+        except InputError as error:
+            raise InputError(f"can't read {path}: {error}") from None
         self.capture = cv2.VideoCapture(str(path))
         is_open, frame = self.capture.read() if self.capture.isOpened() else (False, None)
         if not is_open:
@@ -50,10 +54,12 @@ class Video:
         self.fps = fps if 0 < fps < 1000 else 25.0
 
     def __iter__(self) -> Iterator[tuple[int, float, np.ndarray]]:
-        cv2, number, frame = load_opencv(), 0, self._first
+        cv2, number, frame, seconds = load_opencv(), 0, self._first, 0.0
         try:
             while frame is not None:
-                yield number, number / self.fps, cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)
+                stamp = self.capture.get(cv2.CAP_PROP_POS_MSEC) / 1000
+                seconds = stamp if stamp > seconds else seconds + bool(number) / self.fps
+                yield number, seconds, cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)
                 number += 1
                 frame = self.capture.read()[1]
         finally:
@@ -61,15 +67,19 @@ class Video:
 
 
 class VideoCopy:
-    """Writes frames to an .mp4 file, which is in its place once `close` is called; nothing is left without it."""
+    """Writes frames to an .mp4 file, which is in its place once `close` is called; nothing is left without it.
+
+    `size` is (width, height). Raises InputError where OpenCV can't write such a video.
+    """
 
     def __init__(self, path: Path, fps: float, size: tuple[int, int]):
         cv2 = load_opencv()
-        self.path, self.size = path, (size[0] // 2 * 2, size[1] // 2 * 2)  # codecs want even sides
+        self.path, self.count = path, 0
+        self.size = max(2, size[0] // 2 * 2), max(2, size[1] // 2 * 2)  # codecs want even sides
         self.temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp.mp4")
         self.writer = cv2.VideoWriter(str(self.temporary), cv2.VideoWriter_fourcc(*"mp4v"), fps, self.size)
         if not self.writer.isOpened():
-            raise InputError(f"can't write {path}: this OpenCV writes no mp4v video")
+            raise InputError(f"can't write {path}: OpenCV could not start an mp4v video of {self.size} pixels there")
 
     def add(self, image) -> None:
         """A frame, PIL or uint8 (H, W, 3) in RGB order, brought to the copy's size."""
@@ -77,11 +87,14 @@ class VideoCopy:
         if pixels.shape[1::-1] != self.size:
             pixels = cv2.resize(pixels, self.size, interpolation=cv2.INTER_AREA)
         self.writer.write(cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR))
+        self.count += 1
 
     def close(self, *, keep: bool = True) -> None:
+        """Puts the file in its place, or with `keep` False leaves nothing. InputError where not all was written."""
         self.writer.release()
         try:
             if keep:
+                self._check()
                 os.replace(self.temporary, self.path)
         except OSError as error:
             raise InputError(f"can't write {self.path}: {error.strerror}") from None
@@ -89,27 +102,34 @@ class VideoCopy:
             with contextlib.suppress(OSError):
                 self.temporary.unlink()
 
+    def _check(self) -> None:
+        """OpenCV says nothing of a full disk, so the frames in the file are counted."""
+        cv2 = load_opencv()
+        capture = cv2.VideoCapture(str(self.temporary))
+        written = int(capture.get(cv2.CAP_PROP_FRAME_COUNT)) if capture.isOpened() else 0
+        capture.release()
+        if written < self.count:
+            raise InputError(f"can't write {self.path}: {written} of {self.count} frames arrived; is the disk full?")
+
 
 def classify_video(
-    model: nn.Module, path: str, find: Finder, *, every: int = 1, annotate: str | None = None
+    model: nn.Module, video: Video, source: str, find: Finder, *, every: int = 1, targets: Targets | None = None
 ) -> Iterator[tuple[View, torch.Tensor | None]]:
-    """Yields (view, probs (num_classes,)) of every `every`th frame of a video, with the progress on standard error.
+    """Yields (view, probs (num_classes,)) of every `every`th frame of a video, which views call `source`.
 
-    `annotate` is a folder for a copy, where frames in between show what the last one classified did, and a timeline
-    of the largest face. Memory does not grow with the length of the video but for the timeline's points.
+    With `targets` there is also a copy, where frames in between show what the last one classified did, and a timeline
+    of the largest face. Memory does not grow with the length of the video, but for the timeline's points. Raises
+    InputError where copy or timeline can't be written.
     """
-    video = Video(path)
-    copy, points = None, []
-    if annotate:
-        folder, stem = make_output_dir(annotate, "--annotate"), Path(path).stem
-        copy = VideoCopy(folder / f"{stem}.faces.mp4", video.fps, video.size)
-    is_whole = False
+    copy = VideoCopy(targets(source, ".mp4"), video.fps, video.size) if targets else None
+    points, number, is_whole = [], 0, False
     try:
-        with tqdm(total=video.count or None, desc=printable(path), unit="frames", leave=False, disable=None) as bar:
+        with tqdm(total=video.count or None, desc=printable(source), unit="frames", leave=False, disable=None) as bar:
             for number, seconds, pixels in video:
                 bar.update()
                 if number % every == 0:
-                    views = [(replace(view, source=path, time=round(seconds, 3)), part) for view, part in find(pixels)]
+                    time = round(seconds, 3)
+                    views = [(replace(view, source=source, time=time), part) for view, part in find(pixels)]
                     results = classify_batch(model, views)
                     shown = [(view.face, None if p is None else to_prediction(p, model.class_names))
                              for view, p in results]  # fmt: skip
@@ -119,14 +139,14 @@ def classify_video(
                 if copy:
                     copy.add(draw_faces(pixels, shown, enlarge=False))
             is_whole = True
-        if number + 1 < video.count:
-            print(f"{printable(path)}: {number + 1:,} of {video.count:,} frames could be read", file=sys.stderr)
     finally:
         if copy:
             copy.close(keep=is_whole)
+    if number + 1 < 0.98 * video.count:  # many files only estimate it
+        print(f"{printable(source)}: {number + 1:,} of {video.count:,} frames could be read", file=sys.stderr)
     if points:
         import reports
 
-        target = folder / f"{stem}.timeline.png"
-        title = Path(path).name + (", largest face" if results[0][0].kind != "whole" else "")
+        title = Path(source).name + (", largest face" if results[0][0].kind != "whole" else "")
+        target = targets(source, ".timeline.png")
         replace_file(target, lambda path: reports.plot_timeline(points, model.class_names, path, title=title))

@@ -9,19 +9,23 @@ that come faster than they can be worked through are dropped. Nothing is sent an
 The window needs the full OpenCV: pip uninstall opencv-python-headless, then pip install "opencv-python>=4.10,<5".
 """
 
+import contextlib
+import os
+import sys
 import time
 from collections import deque
+from itertools import takewhile
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from console import ArgumentParser, run_script
+from console import ArgumentParser, check_writable, run_script
 from faces import load_opencv
 from live import Camera, watch
-from models import InputError
+from models import InputError, printable
 from overlay import draw_faces
-from predict_emotion import load_model
+from predict_emotion import BUNDLED, load_model
 from video import Video, VideoCopy
 
 TITLE = "Emotions (q ends)"
@@ -46,57 +50,82 @@ def draw(pixels: np.ndarray, results: list, fps: float) -> Image.Image:
     return image
 
 
-def show(cv2, image: Image.Image) -> bool:
-    """Puts a frame into the window; False once q or Esc was pressed or the window closed."""
+def check_window() -> None:
+    """InputError where no window can be shown; without a display, some builds of OpenCV end the whole process."""
+    cv2 = load_opencv()
+    hint = 'pip install "opencv-python>=4.10,<5" in its place, or pass --headless out.mp4'
+    if sys.platform.startswith("linux") and not {"DISPLAY", "WAYLAND_DISPLAY", "QT_QPA_PLATFORM"} & set(os.environ):
+        raise InputError("no window: there is no display; pass --headless out.mp4")
     try:
-        cv2.imshow(TITLE, np.asarray(image)[:, :, ::-1])
-        key = cv2.waitKey(1) & 0xFF
-        return key not in (ord("q"), 27) and cv2.getWindowProperty(TITLE, cv2.WND_PROP_VISIBLE) >= 1
+        cv2.namedWindow(TITLE, cv2.WINDOW_NORMAL | cv2.WINDOW_KEEPRATIO)
     except cv2.error:
-        raise InputError(
-            'no window: this OpenCV is the headless one, or there is no display; pip install "opencv-python>=4.10,<5" '
-            "in its place, or pass --headless out.mp4"
-        ) from None
+        raise InputError(f"no window: this OpenCV is the headless one; {hint}") from None
 
 
 def run_in_window(source: str, see, seconds: float) -> None:
-    cv2, rate, camera = load_opencv(), Rate(), Camera(source)
-    try:
+    check_window()
+    cv2, rate = load_opencv(), Rate()
+    with Camera(source) as camera:
         for pixels, results in see(camera.for_seconds(seconds)):
-            if not show(cv2, draw(pixels, results, rate.tick())):
+            cv2.imshow(TITLE, np.asarray(draw(pixels, results, rate.tick()))[:, :, ::-1])
+            is_ended = cv2.waitKey(1) & 0xFF in (ord("q"), 27)
+            if is_ended or cv2.getWindowProperty(TITLE, cv2.WND_PROP_VISIBLE) < 1:
                 break
-    finally:
-        camera.close()
+
+
+class Recording:
+    """An .mp4 file that is kept however the recording ends, with what it had by then."""
+
+    def __init__(self, target: Path, fps: float, *, by_clock: bool):
+        self.target, self.fps, self.by_clock = target, fps, by_clock
+        self.copy, self.frames, self.with_face, self.start = None, 0, 0, time.perf_counter()
+
+    def add(self, image: Image.Image, has_face: bool) -> None:
+        self.copy = self.copy or VideoCopy(self.target, self.fps, image.size)
+        self.frames, self.with_face = self.frames + 1, self.with_face + has_face
+        due = self.copy.count + 1
+        if self.by_clock:  # a camera's frames come as they come, and the file should play at life's speed
+            due = int((time.perf_counter() - self.start) * self.fps) + 1
+        while self.copy.count < due:
+            self.copy.add(image)
+
+    def close(self) -> None:
+        if self.copy:
+            self.copy.close()
+            rate = self.frames / (time.perf_counter() - self.start)
+            share = 100 * self.with_face / self.frames
+            print(f"{self.frames:,} frames, {share:.0f}% with a face, {rate:.1f} frames/s; {printable(self.target)}")
 
 
 def run_headless(source: str, see, seconds: float, target: Path) -> None:
     """Writes what the window would show; of a file every frame, of a camera what it can keep up with."""
-    if source.isdecimal():
-        camera = Camera(source)
-        fps, frames, close = 15.0, camera.for_seconds(seconds), camera.close
-    else:
-        video = Video(source)
-        fps, frames, close = video.fps, (frame for _, when, frame in video if when <= seconds), lambda: None
-    rate, copy, shown, faces, start, is_whole = Rate(), None, 0, 0, time.perf_counter(), False
-    try:
+    rate = Rate()
+    with contextlib.ExitStack() as stack:
+        if source.isdecimal():
+            frames, fps = stack.enter_context(Camera(source)).for_seconds(seconds), 15.0
+        else:
+            video = Video(source)
+            timed = takewhile(lambda item: item[1] <= seconds, video)
+            frames, fps = (frame for _, _, frame in timed), video.fps
+        recording = stack.enter_context(contextlib.closing(Recording(target, fps, by_clock=source.isdecimal())))
         for pixels, results in see(frames):
-            copy = copy or VideoCopy(target, fps, pixels.shape[1::-1])
-            copy.add(draw(pixels, results, rate.tick()))
-            shown, faces = shown + 1, faces + bool(results)
-        is_whole = True
-    finally:
-        close()
-        if copy:
-            copy.close(keep=is_whole)
-    spent = time.perf_counter() - start
-    print(f"{shown:,} frames, {100 * faces / max(1, shown):.0f}% with a face, {shown / spent:.1f} frames/s; {target}")
+            recording.add(draw(pixels, results, rate.tick()), bool(results))
+
+
+def check_target(target: Path, source: str) -> None:
+    """InputError where --headless names no file that can be written, or the source itself."""
+    if target.suffix.lower() != ".mp4":
+        raise InputError(f"--headless {target}: the name must end in .mp4")
+    if os.path.realpath(target) == os.path.realpath(source):
+        raise InputError(f"--headless {target} is the source itself; choose another name")
+    check_writable(target, "--headless")
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--source", default="0", help="a camera's number or a video file (default: 0)")
-    parser.add_argument("--checkpoint", metavar="PATH", help="(default: best_emotion_model.pth here, else "
-                        "weights/emotion_model.pth)")  # fmt: skip
+    parser.add_argument("--checkpoint", metavar="PATH", default=str(BUNDLED), help="(default: weights/"
+                        "emotion_model.pth)")  # fmt: skip
     parser.add_argument("--smooth", type=float, default=0.7, help="share that the past keeps; 0 is off (default: 0.7)")
     parser.add_argument("--detect-every", type=int, default=3, metavar="N", help="look for faces in every Nth frame "
                         "(default: 3)")  # fmt: skip
@@ -111,8 +140,10 @@ def main(argv: list[str] | None = None) -> None:
     for flag, value in (("--detect-every", args.detect_every), ("--min-face", args.min_face)):
         if value < 1:
             raise InputError(f"{flag} must be at least 1, not {value}")
-    if args.headless and Path(args.headless).suffix.lower() != ".mp4":
-        raise InputError(f"--headless {args.headless}: the name must end in .mp4")
+    if not args.seconds > 0:
+        raise InputError(f"--seconds must be above 0, not {args.seconds}")
+    if args.headless:
+        check_target(Path(args.headless), args.source)
     model, class_names = load_model(args.checkpoint, args.device)
 
     def see(frames):

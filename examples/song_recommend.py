@@ -18,9 +18,10 @@ import numpy as np
 
 from console import ArgumentParser, run_script
 from decoding import read_whole
+from faces import Face
 from live import Camera, watch
 from models import InputError, printable
-from predict_emotion import load_model
+from predict_emotion import BUNDLED, CROP_SIZE, load_model, predict_image
 from video import Video, is_video
 
 SONGS = Path(__file__).with_name("songs.toml")
@@ -65,21 +66,26 @@ def dominant_emotion(seen, class_names: list[str]) -> tuple[str, float]:
     return class_names[best], total[best] / frames
 
 
-def look(source: str, seconds: float):
-    """Frames of a camera for so many seconds, of a clip in their order, or the one picture."""
+def see(model, class_names: list[str], source: str, seconds: float):
+    """What live.watch yields, of a camera for so many seconds, of a clip, or of one picture.
+
+    A picture of at most 100 pixels is taken for the crop of a face, as predict_emotion.py does.
+    """
     if source.isdecimal():
-        camera = Camera(source)
-        try:
-            yield from camera.for_seconds(seconds)
-        finally:
-            camera.close()
+        with Camera(source) as camera:
+            yield from watch(model, class_names, camera.for_seconds(seconds), smooth=0.0, detect_every=1)
     elif is_video(source):
         video = Video(source)
-        for number, _, pixels in video:
-            if number % max(1, round(video.fps / 5)) == 0:  # five a second are enough
-                yield pixels
+        step = max(1, round(video.fps / 5))  # five frames a second are enough
+        frames = (pixels for number, _, pixels in video if number % step == 0)
+        yield from watch(model, class_names, frames, smooth=0.0, detect_every=1)
     else:
-        yield read_whole(source)
+        pixels = read_whole(source)
+        height, width = pixels.shape[:2]
+        if max(height, width) <= CROP_SIZE:
+            yield pixels, [(Face(0, 0, width, height, 0.0), predict_image(model, pixels, class_names))]
+        else:
+            yield from watch(model, class_names, [pixels])
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -89,18 +95,17 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--songs", metavar="FILE", default=str(SONGS), help="(default: examples/songs.toml)")
     parser.add_argument("--service", choices=SERVICES, default="youtube", help="where to search (default: youtube)")
     parser.add_argument("--no-browser", action="store_true", help="print the address instead of opening it")
-    parser.add_argument("--checkpoint", metavar="PATH", help="(default: best_emotion_model.pth here, else "
-                        "weights/emotion_model.pth)")  # fmt: skip
+    parser.add_argument("--checkpoint", metavar="PATH", default=str(BUNDLED), help="(default: weights/"
+                        "emotion_model.pth)")  # fmt: skip
     args = parser.parse_args(argv)
-    if args.seconds <= 0:
+    if not args.seconds > 0:
         raise InputError(f"--seconds must be above 0, not {args.seconds:g}")
     model, class_names = load_model(args.checkpoint)
     songs = read_songs(Path(args.songs), class_names)
     print("Your pictures stay on this machine; only the search for a song is sent, by your browser.")
     if args.source.isdecimal():
         print(f"Look into camera {args.source} for {args.seconds:g} seconds ...", flush=True)
-    frames = look(args.source, args.seconds)
-    emotion, confidence = dominant_emotion(watch(model, class_names, frames, smooth=0.0, detect_every=1), class_names)
+    emotion, confidence = dominant_emotion(see(model, class_names, args.source, args.seconds), class_names)
     song = random.choice(songs[emotion])
     address = SERVICES[args.service].format(quote(song, safe=""))
     print(f"You look {emotion} ({confidence:.0f}%). A song for that: {printable(song)}\n{address}")

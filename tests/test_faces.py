@@ -22,8 +22,9 @@ import predict_emotion
 from checkpoints import make_checkpoint, save_checkpoint
 from console import run_script
 from faces import Face, crop_face, find_faces
+from inference import classify, classify_on_cores, make_finder
 from models import InputError, create_model
-from overlay import draw_faces
+from overlay import Targets, draw_faces
 from predict_emotion import load_model, predict_faces, predict_image
 
 REPO = Path(__file__).resolve().parent.parent
@@ -129,7 +130,7 @@ def test_boxes_are_clipped_to_the_picture(portrait):
     for face in find_faces(padded, min_size=40) + find_faces(cut, min_size=40):
         assert 0 <= face.left < face.left + face.width <= padded.width
         assert 0 <= face.top < face.top + face.height <= padded.height
-    face = faces._to_face(np.array([-5, -7, 50, 60]), 1.0, 0.5, 80, 90, "haar")
+    face = faces._to_face(np.array([-5, -7, 50, 60]), 1.0, (0.5, 0.5), (80, 90), "haar")
     assert face.box == (0, 0, 80, 90)
 
 
@@ -162,6 +163,28 @@ def test_a_file_that_is_no_yunet_is_refused(portrait, tmp_path):
     for path in (tmp_path / "net.onnx", tmp_path / "missing.onnx"):
         with pytest.raises(InputError, match=path.name):
             find_faces(portrait, yunet=path)
+
+
+def test_a_broken_detector_ends_the_run_with_one_line(photos, run, tmp_path):
+    code, out, err = run(photos, "--yunet", tmp_path / "missing.onnx")
+    assert (code, out, len(err.splitlines())) == (2, "", 1) and "missing.onnx" in err
+
+
+def test_threads_find_what_one_finds(portrait, tmp_path, loaded):
+    (tmp_path / "many").mkdir()
+    for number in range(6):
+        group(portrait, (50 + 5 * number, 100)).save(tmp_path / "many" / f"{number}.png")
+    paths = sorted(map(str, (tmp_path / "many").iterdir()))
+    model, finder = loaded[1], make_finder(loaded[1].input_spec, "on")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        together = list(classify_on_cores(model, paths, finder, 4, pytest.fail))
+    finally:
+        torch.set_num_threads(threads)
+    alone = [result for path in paths for result in classify(model, [path], finder)]
+    assert [view for view, _ in together] == [view for view, _ in alone] and len(alone) == 12
+    assert all(torch.allclose(a, b, atol=1e-6) for (_, a), (_, b) in zip(together, alone, strict=True))
 
 
 # Cropping
@@ -284,22 +307,21 @@ def test_annotated_pictures(photos, run, tmp_path):
     assert changed[400:, :].mean() < 0.01  # away from the face nothing is drawn
 
 
-@pytest.mark.parametrize("size", [(48, 48), (300, 200), (3000, 2000)])
+@pytest.mark.parametrize("size", [(48, 48), (300, 200), (4000, 3000)])
 def test_labels_are_readable_at_any_size(size):
-    """Text of 13 pixels or more, on what is shown: small pictures are enlarged for it."""
+    """Letters of 13 pixels or more on what is written, and of a ninetieth of its longer side: faces may be small."""
     pixels = np.full((size[1], size[0], 3), 128, np.uint8)
     probs = {"angry": 1.5, "happy": 97.5, "sad": 1.0}
-    face = Face(size[0] // 3, size[1] // 3, size[0] // 4, size[0] // 4, 1.0)
+    side = min(60, size[0] // 2)
+    face = Face(size[0] // 3, size[1] // 3, side, side, 1.0)
     for results in ([(face, ("happy", 97.5, probs))], [(None, ("happy", 97.5, probs))], [(None, None)]):
         image = np.asarray(draw_faces(pixels, results))
-        assert max(image.shape[:2]) >= max(size[0], 250) and image.shape[1] / image.shape[0] == pytest.approx(
-            size[0] / size[1], rel=0.02
-        )
+        assert max(image.shape[:2]) >= max(size[0], 120)
+        assert image.shape[1] / image.shape[0] == pytest.approx(size[0] / size[1], rel=0.02)
         label = (image == (255, 208, 0)).all(2)
         rows = np.flatnonzero(label.sum(1) > 40)
-        assert rows.max() - rows.min() >= 13
-        black = (image.max(2) < 60) & np.roll(label, 3, 1)
-        assert black.any()  # letters
+        assert rows.max() - rows.min() >= max(13, max(image.shape[:2]) / 90)
+        assert ((image.max(2) < 60) & np.roll(label, 3, 1)).any()  # letters
 
 
 def test_bars_don_t_cover_faces():
@@ -307,7 +329,15 @@ def test_bars_don_t_cover_faces():
     probs = {"angry": 50.0, "happy": 50.0}
     side_by_side = [(Face(0, 50, 150, 150, 1.0), ("angry", 50.0, probs)), (Face(150, 50, 150, 150, 1.0), None)]
     image = np.asarray(draw_faces(pixels, side_by_side))
-    assert (image[100:195, 160:290] == 128).all()
+    assert (image[56:194, 156:294] == 128).all()
+
+
+def test_targets_are_all_different_and_never_an_input(tmp_path):
+    inputs = [tmp_path / "a" / "clip.mp4", tmp_path / "b" / "Clip.mp4", tmp_path / "out" / "x.faces.jpg"]
+    targets = Targets(tmp_path / "out", list(map(str, inputs)))
+    names = [targets(path, ending).name for path, ending in zip(inputs, (".mp4", ".mp4", ".jpg"), strict=True)]
+    assert names == ["clip.faces.mp4", "Clip.faces-2.mp4", "x.faces.faces.jpg"]
+    assert targets("x.jpg", ".jpg").name == "x.faces-2.jpg"
 
 
 # Without OpenCV
@@ -322,7 +352,9 @@ def without_opencv(*args, cwd, module="raise ImportError('No module named cv2')"
     return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
 
 
-@pytest.mark.parametrize("module", ["raise ImportError('No module named cv2')", "x = 1", "raise OSError('libGL.so.1')"])
+@pytest.mark.parametrize("module", [
+    "raise ImportError('No module named cv2')", "x = 1", "raise OSError('libGL.so.1')", "raise ImportError()"
+])  # fmt: skip
 def test_whole_pictures_with_one_hint(photos, loaded, tmp_path, module):
     words = (photos, "--checkpoint", loaded[0], "--output", tmp_path / "p.csv")
     done = without_opencv(*words, cwd=tmp_path, module=module)
@@ -338,7 +370,8 @@ def test_crops_need_no_hint(photos, loaded, tmp_path):
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_faces_on_without_opencv_is_an_error(photos, loaded, tmp_path):
-    done = without_opencv(photos, "--checkpoint", loaded[0], "--faces", "on", cwd=tmp_path)
+@pytest.mark.parametrize("words", [("--faces", "on"), ("--yunet", "net.onnx")])
+def test_faces_on_without_opencv_is_an_error(photos, loaded, tmp_path, words):
+    done = without_opencv(photos, "--checkpoint", loaded[0], *words, cwd=tmp_path)
     assert (done.returncode, done.stdout) == (2, "")
     assert len(done.stderr.splitlines()) == 1 and "pip install" in done.stderr

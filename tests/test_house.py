@@ -25,14 +25,14 @@ MODULES = {  # module: (what it may import at its top, what inside functions as 
     "engine": ("models torch tqdm", ""),
     "faces": ("numpy decoding models", "cv2"),
     "inference": ("checkpoints data decoding engine faces models numpy torch", ""),
-    "live": ("faces inference models video numpy torch", ""),
+    "live": ("decoding faces inference models video numpy torch", ""),
     "models": ("torch", "torchvision safetensors"),
     "overlay": ("checkpoints console decoding faces inference models numpy PIL", ""),
     "reports": ("numpy", "sklearn matplotlib"),
     "splits": ("data models numpy torch", ""),
     "training_run": ("augment checkpoints decoding engine finetuning models splits numpy torch", ""),
     "finetuning": ("models torch", "torchvision"),
-    "video": ("checkpoints console faces inference models overlay numpy torch tqdm", "reports"),
+    "video": ("checkpoints faces inference models overlay numpy torch tqdm", "reports"),
     "hubconf": ("predict_emotion", ""),
 }
 FOR_SCRIPTS = {"torch", "numpy", "PIL", "tqdm", "predict_emotion"}

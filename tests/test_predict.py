@@ -404,6 +404,19 @@ def test_tables(run, loaded, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["größe, klein", "model.pth", "p.CSV", "p.json"]
 
 
+@pytest.mark.parametrize("error", [BrokenPipeError, RuntimeError, KeyboardInterrupt])
+@pytest.mark.parametrize("name", ["p.csv", "p.json"])
+def test_an_error_while_predicting_is_not_one_of_writing(tmp_path, error, name):
+    def rows():
+        yield {"file": "a"}
+        raise error
+
+    (tmp_path / name).write_text("earlier")
+    with pytest.raises(error):
+        predict_emotion.write_rows(rows(), ["file"], tmp_path / name)
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [(name, "earlier")]
+
+
 def test_unreadable_among_good_ones(run, photo, tmp_path):
     (tmp_path / "broken.jpg").write_bytes(b"no picture")
     other = shutil.copy(photo, tmp_path / "other.png")

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 import predict_emotion
+import video
 from checkpoints import make_checkpoint, save_checkpoint
 from console import run_script
 from models import InputError, create_model
@@ -68,9 +69,9 @@ def test_endings():
 
 
 def test_frames_are_rgb_with_their_times(tmp_path):
-    video = Video(write_clip(tmp_path / "clip.mp4"))
-    assert (video.size, video.fps, video.count) == (SIZE, FPS, FRAMES)
-    frames = list(video)
+    clip = Video(write_clip(tmp_path / "clip.mp4"))
+    assert (clip.size, clip.fps, clip.count) == (SIZE, FPS, FRAMES)
+    frames = list(clip)
     assert [number for number, _, _ in frames] == list(range(FRAMES))
     assert [seconds for _, seconds, _ in frames] == pytest.approx([number / FPS for number in range(FRAMES)])
     assert np.abs(frames[0][2][-5:, -5:].reshape(-1, 3).mean(0) - (90, 110, 130)).max() < 8
@@ -86,7 +87,8 @@ def test_rows_have_time_stamps(run, tmp_path):
     assert {row["file"] for row in rows} == {str(clip)}
     lefts = [int(row["left"]) for row in rows if row["left"]]
     assert lefts == sorted(lefts) and lefts[-1] - lefts[0] == pytest.approx(20, abs=5)
-    assert "clip.mp4 at 0.67 s: no face found" in out
+    assert out == "" and err.splitlines()[-1] == "1 videos, 4 faces, 2 without a face"
+    assert "clip.mp4 at 0.67 s: no face found" in run(clip, "--every", 4)[1]
 
 
 def test_annotated_copy_has_the_same_frames_and_duration(run, tmp_path):
@@ -108,6 +110,22 @@ def test_pictures_and_videos_together(run, tmp_path):
     Image.fromarray(data.astronaut()).save(tmp_path / "photo.png")
     code, out, err = run(clip, tmp_path / "photo.png", "--output", tmp_path / "p.json")
     assert code == 0 and err.splitlines()[-1] == "1 pictures, 1 videos, 4 faces"
+
+
+def test_a_failure_in_the_middle_leaves_no_file(run, tmp_path, monkeypatch):
+    clip, draw, calls = write_clip(tmp_path / "clip.mp4"), video.draw_faces, []
+
+    def fail(*args, **options):
+        calls.append(1)
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+        return draw(*args, **options)
+
+    monkeypatch.setattr(video, "draw_faces", fail)
+    (tmp_path / "p.csv").write_text("earlier")
+    assert run(clip, "--annotate", tmp_path / "out", "--output", tmp_path / "p.csv")[0] == 130
+    assert list((tmp_path / "out").iterdir()) == [] and (tmp_path / "p.csv").read_text() == "earlier"
+    assert {path.name for path in tmp_path.iterdir()} == {"clip.mp4", "out", "p.csv"}
 
 
 @pytest.mark.parametrize("content", [b"", b"no video", b"\0\0\0\x18ftypmp42" + bytes(500)])
