@@ -116,12 +116,12 @@ class Targets:
         self.taken = {os.path.realpath(path).casefold() for path in inputs}
 
     def __call__(self, source, ending: str) -> Path:
-        """The path for what is made of `source`, such as photo.faces.jpg, photo.faces-2.jpg for another photo."""
+        """The path for what is made of `source`, such as photo.faces.jpg; photo-2.faces.jpg for another photo."""
         stem, number = Path(source).stem, 1
-        path = self.folder / f"{stem}.faces{ending}"
+        path = self.folder / f"{stem}{ending}"
         while os.path.realpath(path).casefold() in self.taken:
             number += 1
-            path = self.folder / f"{stem}.faces-{number}{ending}"
+            path = self.folder / f"{stem}-{number}{ending}"
         self.taken.add(os.path.realpath(path).casefold())
         return path
 
@@ -142,6 +142,6 @@ class Annotator:
         """Writes the picture whose results came last. Raises InputError where it can't be written."""
         if self.results:
             image = draw_faces(read_whole(self.source), self.results)
-            target = self.targets(self.source, ".jpg")
+            target = self.targets(self.source, ".faces.jpg")
             replace_file(target, lambda temporary: image.save(temporary, format="JPEG", quality=92))
         self.results = []

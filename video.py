@@ -121,7 +121,7 @@ def classify_video(
     of the largest face. Memory does not grow with the length of the video, but for the timeline's points. Raises
     InputError where copy or timeline can't be written.
     """
-    copy = VideoCopy(targets(source, ".mp4"), video.fps, video.size) if targets else None
+    copy = VideoCopy(targets(source, ".faces.mp4"), video.fps, video.size) if targets else None
     points, number, is_whole = [], 0, False
     try:
         with tqdm(total=video.count or None, desc=printable(source), unit="frames", leave=False, disable=None) as bar:
