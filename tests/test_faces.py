@@ -335,7 +335,8 @@ def test_bars_don_t_cover_faces():
 def test_targets_are_all_different_and_never_an_input(tmp_path):
     inputs = [tmp_path / "a" / "clip.mp4", tmp_path / "b" / "Clip.mp4", tmp_path / "out" / "x.faces.jpg"]
     targets = Targets(tmp_path / "out", list(map(str, inputs)))
-    names = [targets(path, ending).name for path, ending in zip(inputs, [".faces.mp4"] * 2 + [".faces.jpg"], strict=True)]
+    endings = [".faces.mp4", ".faces.mp4", ".faces.jpg"]
+    names = [targets(path, ending).name for path, ending in zip(inputs, endings, strict=True)]
     assert names == ["clip.faces.mp4", "Clip-2.faces.mp4", "x.faces.faces.jpg"]
     assert targets("x.jpg", ".faces.jpg").name == "x-2.faces.jpg"
 

@@ -134,8 +134,9 @@ def test_headless_writes_every_frame(model_path, tmp_path):
 
 
 @pytest.mark.parametrize("words", [
-    ("--source", "77"), ("--source", "nowhere.mp4"), ("--source", "__init__.py"), ("--smooth", "1"), ("--detect-every", "0"), ("--min-face", "0"),
-    ("--headless", "out.avi"), ("--headless", "nowhere/out.mp4"), ("--seconds", "0"), ("--seconds", "nan"),
+    ("--source", "77"), ("--source", "nowhere.mp4"), ("--source", "README.md"), ("--smooth", "1"),
+    ("--detect-every", "0"), ("--min-face", "0"), ("--headless", "out.avi"), ("--headless", "nowhere/out.mp4"),
+    ("--seconds", "0"), ("--seconds", "nan"),
 ])  # fmt: skip
 def test_camera_mistakes_are_one_line(model_path, tmp_path, words):
     target = () if words[0] == "--headless" else ("--headless", tmp_path / "out.mp4")
