@@ -164,7 +164,9 @@ class TrainStep:
 
     `prepare` maps uint8 images (N, C, H, W) to the network's float32 input. The loss is the cross-entropy summed
     over the batch, weighted by `class_weights` (num_classes,), divided by the number of pictures. `grad_accum`
-    splits a batch into that many passes whose gradients add up: the same step in less memory.
+    splits a batch into that many passes whose gradients add up: the same step in less memory. `mixup` blends each
+    picture and its label with another's, by a share for the batch from Beta(mixup, mixup): Zhang et al. 2018,
+    arXiv:1710.09412.
     """
 
     def __init__(
@@ -177,28 +179,31 @@ class TrainStep:
         scheduler=None,
         class_weights: torch.Tensor | None = None,
         label_smoothing: float = 0.0,
+        mixup: float = 0.0,
         grad_accum: int = 1,
         clip_grad: float = 0.0,
         ema: Ema | None = None,
     ):
         self.model, self.optimizer, self.prepare, self.precision = model, optimizer, prepare, precision
         self.scheduler, self.ema = scheduler, ema
-        self.class_weights, self.label_smoothing = class_weights, label_smoothing
+        self.class_weights, self.label_smoothing, self.mixup = class_weights, label_smoothing, mixup
         self.grad_accum, self.clip_grad = grad_accum, clip_grad
         self.device = next(model.parameters()).device
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == torch.float16)
 
     def __call__(self, images: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns (loss summed over the batch, number of right predictions), still on the device."""
-        inputs = self.prepare(images).contiguous(memory_format=memory_format(self.device))
+        inputs, others, share = self._mix(self.prepare(images), labels)
+        inputs = inputs.contiguous(memory_format=memory_format(self.device))
         passes = max(1, min(self.grad_accum, len(labels) // 2))  # batch-norm needs two pictures a pass
         loss_sum, correct = 0.0, 0
-        for part, target in zip(inputs.tensor_split(passes), labels.tensor_split(passes), strict=True):
+        parts = (tensor.tensor_split(passes) for tensor in (inputs, labels, others))
+        for part, target, other in zip(*parts, strict=True):
             with autocast(self.device, self.precision):
                 logits = self.model(part)
-            loss = F.cross_entropy(
-                logits.float(), target, self.class_weights, label_smoothing=self.label_smoothing, reduction="sum"
-            )
+            loss = self._loss(logits, target)
+            if share < 1:
+                loss = share * loss + (1 - share) * self._loss(logits, other)
             self.scaler.scale(loss / len(labels)).backward()
             loss_sum = loss_sum + loss.detach()
             correct = correct + (logits.detach().argmax(1) == target).sum()
@@ -213,6 +218,22 @@ class TrainStep:
         if self.ema:
             self.ema.update(self.model)
         return loss_sum, correct
+
+    def _loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        options = {"label_smoothing": self.label_smoothing, "reduction": "sum"}
+        return F.cross_entropy(logits.float(), labels, self.class_weights, **options)
+
+    def _mix(self, inputs: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, float]:
+        """The blended pictures, the labels of those that they were blended with, and the share of the first, 0.5 to 1.
+
+        Drawn from torch's own generator, which is seeded for every epoch.
+        """
+        if not self.mixup:
+            return inputs, labels, 1.0
+        share = torch.distributions.Beta(self.mixup, self.mixup).sample().item()
+        share = max(share, 1 - share)
+        order = torch.randperm(len(labels)).to(labels.device)
+        return torch.lerp(inputs[order], inputs, share), labels[order], share
 
 
 def train_one_epoch(

@@ -94,6 +94,7 @@ class Recipe:
     schedule: str = "none"
     class_weights: str = "none"
     label_smoothing: float = 0.0
+    mixup: float = 0.0
     ema: float = 0.0
 
 

@@ -75,6 +75,8 @@ FLAGS = {  # group: (flag, default, argparse's options, help)
         ("--weight-decay", BY_ARCH, {"type": _number(float, 0)}, "L2 penalty of adam and sgd; of adamw decoupled"),
         ("--schedule", BY_ARCH, {"choices": SCHEDULES}, "of the learning rate"),
         ("--label-smoothing", BY_ARCH, {"type": _SHARE}, "share of the target spread over all classes"),
+        ("--mixup", BY_ARCH, {"type": _number(float, 0), "metavar": "ALPHA"}, "blend pairs of pictures and their "
+         "labels, 0.2 say; 0 is off"),
         ("--grad-accum", 1, {"type": _number(int, 1), "metavar": "N"}, "split each batch into N passes: the same step "
          "in less memory"),
         ("--clip-grad", 0.0, {"type": _number(float, 0), "metavar": "NORM"}, "clip the gradient's norm; 0 is off"),

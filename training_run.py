@@ -116,6 +116,7 @@ class Run:
             scheduler=make_scheduler(settings["schedule"], optimizer, total_steps=total_steps),
             class_weights=self.class_weights and torch.tensor(self.class_weights, device=self.device),
             label_smoothing=settings["label_smoothing"],
+            mixup=settings["mixup"],
             grad_accum=settings["grad_accum"],
             clip_grad=settings["clip_grad"],
             ema=Ema(self.model, settings["ema"]) if settings["ema"] else None,

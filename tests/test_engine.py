@@ -324,6 +324,27 @@ def test_optimisers_hold_what_learns(name, kind):
     assert name != "sgd" or (group["momentum"], group["nesterov"]) == (0.9, True)
 
 
+def test_mixup_blends_pictures_and_labels():
+    """The loss of a linear network is that of the blended pictures, shared between both labels."""
+    seen, (images, labels) = [], pictures(8)
+    model = plain_network()
+    step = TrainStep(model, make_optimizer("sgd", model, lr=0.0, weight_decay=0), prepare, mixup=0.4)
+    hook = model.register_forward_pre_hook(lambda _, args: seen.append(args[0].detach().clone()))
+    torch.manual_seed(3)
+    loss, _ = step(images, labels)
+    hook.remove()
+    torch.manual_seed(3)
+    share = torch.distributions.Beta(0.4, 0.4).sample().item()
+    share, order = max(share, 1 - share), torch.randperm(8)
+    assert 0.5 <= share < 1 and not torch.equal(order, torch.arange(8))
+    expected = share * prepare(images) + (1 - share) * prepare(images)[order]
+    torch.testing.assert_close(seen[0], expected)
+    with torch.no_grad():
+        logits = model(expected)
+    both = [F.cross_entropy(logits, target, reduction="sum").item() for target in (labels, labels[order])]
+    assert loss.item() == pytest.approx(share * both[0] + (1 - share) * both[1], rel=1e-4)
+
+
 # Evaluation
 
 

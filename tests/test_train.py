@@ -470,9 +470,9 @@ def plain_run(tmp_path_factory):
 
 @pytest.mark.parametrize("option", [
     "--sampler balanced", "--optimizer adamw --weight-decay 0.1", "--optimizer sgd", "--grad-accum 3",
-    "--clip-grad 0.01", "--label-smoothing 0.2", "--dropout 0.1", "--schedule cosine", "--class-weights balanced",
-    "--class-weights sqrt", "--ema 0.9", "--augment light", "--augment flip=1", "--lr 0.01", "--image-size 64",
-    "--val-fraction 0.4", "--batch-size 5",
+    "--clip-grad 0.01", "--label-smoothing 0.2", "--mixup 0.2", "--dropout 0.1", "--schedule cosine",
+    "--class-weights balanced", "--class-weights sqrt", "--ema 0.9", "--augment light", "--augment flip=1",
+    "--lr 0.01", "--image-size 64", "--val-fraction 0.4", "--batch-size 5",
 ])  # fmt: skip
 def test_option_changes_the_weights(plain_run, train, tmp_path, option):
     data, plain = plain_run
