@@ -11,13 +11,13 @@ portrait in scikit-image), detector and network timed apart, medians.
 """
 
 import statistics
-import time
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from benchmarks import check_inputs, count
+from benchmarks.prediction_speed import median_ms
 from console import ArgumentParser, run_script
 from data import walk_pictures
 from decoding import read_whole
@@ -48,15 +48,6 @@ def describe_framing(data_dir: str, pictures: int, yunet: str | None) -> str:
         f"faces found in {len(shares)} of {len(chosen)} pictures; picture / box: median {median:.3f} (quartiles "
         f"{low:.2f} to {high:.2f}), middle {shift:+.3f} of a box lower; margin {(median - 1) / 2:.3f}"
     )
-
-
-def median_ms(function, times: int) -> float:
-    seconds = []
-    for _ in range(times):
-        start = time.perf_counter()
-        function()
-        seconds.append(time.perf_counter() - start)
-    return 1000 * statistics.median(seconds)
 
 
 def load_photo(path: str | None) -> Image.Image:

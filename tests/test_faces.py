@@ -16,14 +16,14 @@ import pytest
 import torch
 from conftest import draw_picture
 from PIL import Image
+from test_predict import write_checkpoint
 
 import faces
 import predict_emotion
-from checkpoints import make_checkpoint, save_checkpoint
 from console import run_script
 from faces import Face, crop_face, find_faces
 from inference import classify, classify_on_cores, make_finder
-from models import InputError, create_model
+from models import InputError
 from overlay import Targets, draw_faces
 from predict_emotion import load_model, predict_faces, predict_image
 
@@ -41,12 +41,7 @@ def portrait():
 
 @pytest.fixture(scope="module")
 def loaded(tmp_path_factory):
-    torch.manual_seed(0)
-    model = create_model("cnn4_bn", len(NAMES))
-    with torch.no_grad():
-        list(model.parameters())[-2].mul_(40)
-    path = tmp_path_factory.mktemp("model") / "model.pth"
-    save_checkpoint(make_checkpoint(model, NAMES, trained_on="faces", epoch=1, metrics={}, config={}), path)
+    path = write_checkpoint(tmp_path_factory.mktemp("model") / "model.pth", names=NAMES)
     return (path, *load_model(path, "cpu"))
 
 

@@ -9,15 +9,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
+from test_predict import write_checkpoint
 from test_video import FRAMES, SIZE, write_clip
 
-from checkpoints import make_checkpoint, save_checkpoint
 from examples import emotion_cam, song_recommend
 from faces import Face
 from live import Camera, Tracker, watch
-from models import InputError, create_model
+from models import InputError
 from predict_emotion import load_model
 from video import Video
 
@@ -29,11 +28,7 @@ data = pytest.importorskip("skimage.data", reason="needs scikit-image for its po
 
 @pytest.fixture(scope="module")
 def model_path(tmp_path_factory):
-    torch.manual_seed(0)
-    path = tmp_path_factory.mktemp("model") / "model.pth"
-    model = create_model("cnn4_bn", len(EMOTIONS))
-    save_checkpoint(make_checkpoint(model, EMOTIONS, trained_on="faces", epoch=1, metrics={}, config={}), path)
-    return path
+    return write_checkpoint(tmp_path_factory.mktemp("model") / "model.pth", names=EMOTIONS)
 
 
 def run(module, *args, **variables):

@@ -8,14 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
+from test_predict import write_checkpoint
 
 import predict_emotion
 import video
-from checkpoints import make_checkpoint, save_checkpoint
 from console import run_script
-from models import InputError, create_model
+from models import InputError
 from video import Video, VideoCopy, is_video
 
 REPO = Path(__file__).resolve().parent.parent
@@ -41,11 +40,7 @@ def write_clip(path, frames=FRAMES, empty=()):
 
 @pytest.fixture(scope="module")
 def model_path(tmp_path_factory):
-    torch.manual_seed(0)
-    path = tmp_path_factory.mktemp("model") / "model.pth"
-    model = create_model("cnn4_bn", len(NAMES))
-    save_checkpoint(make_checkpoint(model, NAMES, trained_on="faces", epoch=1, metrics={}, config={}), path)
-    return path
+    return write_checkpoint(tmp_path_factory.mktemp("model") / "model.pth", names=NAMES)
 
 
 @pytest.fixture
