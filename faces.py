@@ -57,6 +57,7 @@ def load_opencv():
     return cv2
 
 
+@cache
 def opencv_problem() -> str | None:
     """Why faces can't be looked for, and what to do; None where they can."""
     try:

@@ -153,8 +153,7 @@ def make_finder(
     view without pixels. Raises InputError where OpenCV is missing, and faces is "on" or `yunet` is given, and where
     the detector can't be used.
     """
-    is_blind = faces == "auto" and not yunet and opencv_problem() is not None
-    if faces != "off" and not is_blind:
+    if faces == "on" or (faces == "auto" and yunet):
         find_faces(np.zeros((32, 32, 3), np.uint8), yunet=yunet)  # so that a broken detector shows once, and first
 
     def find(source) -> list[tuple[View, np.ndarray | None]]:
@@ -163,7 +162,7 @@ def make_finder(
         pixels = read_whole(source)
         if faces == "auto" and max(pixels.shape[:2]) <= CROP_SIZE:
             return [(View(source, "crop"), read_image(pixels, spec))]
-        if is_blind:
+        if faces == "auto" and not yunet and opencv_problem():  # asked for here, so that crops don't wait for OpenCV
             return [(View(source), read_image(pixels, spec))]
         views = []
         for number, face in enumerate(find_faces(pixels, min_size=min_size, yunet=yunet), 1):
