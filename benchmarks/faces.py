@@ -1,13 +1,13 @@
 """How FER2013's pictures are framed, as the detector sees it, and what finding faces costs beside naming emotions.
 
-    python -m benchmarks.faces --data-dir fer2013 --photo portrait.png
-    python -m benchmarks.faces --data-dir fer2013 --photo portrait.png --yunet face_detection_yunet.onnx
+    python -m benchmarks.faces --data-dir fer2013
+    python -m benchmarks.faces --data-dir fer2013 --yunet face_detection_yunet.onnx
 
 Framing: pictures of train/ are put into a larger one (their edges repeated), searched, and their side compared with
 the box that is found. Half of what it is longer is the margin that crop_face adds on each side.
 
-Speed: a frame of 640 x 480 and a photo of 12 megapixels, both with the face of the photo in them (without --photo the
-portrait in scikit-image), detector and network timed apart, medians.
+Speed: a frame of 640 x 480 and a photo of 12 megapixels, both with the face of the photo in them, detector and network
+timed apart, medians.
 """
 
 import statistics
@@ -24,6 +24,8 @@ from decoding import read_whole
 from faces import crop_face, find_faces
 from inference import load_model, predict_image
 from models import InputError
+
+PHOTO = Path(__file__).parent.parent / "examples" / "astronaut.jpg"
 
 
 def describe_framing(data_dir: str, pictures: int, yunet: str | None) -> str:
@@ -50,16 +52,6 @@ def describe_framing(data_dir: str, pictures: int, yunet: str | None) -> str:
     )
 
 
-def load_photo(path: str | None) -> Image.Image:
-    if path:
-        return Image.fromarray(read_whole(path))
-    try:
-        from skimage import data
-    except ImportError:
-        raise InputError("pass --photo with a picture of a face (or pip install scikit-image for one)") from None
-    return Image.fromarray(data.astronaut())
-
-
 def describe_speed(photo: Image.Image, checkpoint: str | None, rounds: int, yunet: str | None) -> list[str]:
     model, class_names = load_model(checkpoint, "cpu")
     lines = []
@@ -81,7 +73,8 @@ def describe_speed(photo: Image.Image, checkpoint: str | None, rounds: int, yune
 def main() -> None:
     parser = ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--data-dir", metavar="DIR", default=".", help="its train/ is searched (default: .)")
-    parser.add_argument("--photo", metavar="FILE", help="a picture of a face (default: scikit-image's portrait)")
+    parser.add_argument("--photo", metavar="FILE", default=str(PHOTO), help="a picture of a face (default: examples/"
+                        "astronaut.jpg)")  # fmt: skip
     parser.add_argument("--checkpoint", metavar="PATH", help="(default: weights/emotion_model.pth)")
     parser.add_argument("--pictures", type=count, default=1000, help="to measure framing on (default: 1000)")
     parser.add_argument("--rounds", type=count, default=30, help="(default: 30)")
@@ -90,7 +83,7 @@ def main() -> None:
     check_inputs(args.data_dir)
     print(describe_framing(args.data_dir, args.pictures, args.yunet), flush=True)
     print("\n| picture | finding faces | naming an emotion |\n| --- | --- | --- |")
-    print("\n".join(describe_speed(load_photo(args.photo), args.checkpoint, args.rounds, args.yunet)))
+    print("\n".join(describe_speed(Image.fromarray(read_whole(args.photo)), args.checkpoint, args.rounds, args.yunet)))
 
 
 if __name__ == "__main__":

@@ -57,7 +57,7 @@ def check_window() -> None:
     if sys.platform.startswith("linux") and not {"DISPLAY", "WAYLAND_DISPLAY", "QT_QPA_PLATFORM"} & set(os.environ):
         raise InputError("no window: there is no display; pass --headless out.mp4")
     try:
-        cv2.namedWindow(TITLE, cv2.WINDOW_NORMAL | cv2.WINDOW_KEEPRATIO)
+        cv2.namedWindow(TITLE, cv2.WINDOW_NORMAL | cv2.WINDOW_KEEPRATIO | cv2.WINDOW_GUI_NORMAL)
     except cv2.error:
         raise InputError(f"no window: this OpenCV is the headless one; {hint}") from None
 
@@ -67,6 +67,8 @@ def run_in_window(source: str, see, seconds: float) -> None:
     cv2, rate = load_opencv(), Rate()
     with Camera(source) as camera:
         for pixels, results in see(camera.for_seconds(seconds)):
+            if not rate.times:
+                cv2.resizeWindow(TITLE, *pixels.shape[1::-1])
             cv2.imshow(TITLE, np.asarray(draw(pixels, results, rate.tick()))[:, :, ::-1])
             is_ended = cv2.waitKey(1) & 0xFF in (ord("q"), 27)
             if is_ended or cv2.getWindowProperty(TITLE, cv2.WND_PROP_VISIBLE) < 1:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+PORTRAIT = Path(__file__).resolve().parent.parent / "examples" / "astronaut.jpg"
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run side by side, and threads would stand in each other's way
 
 
@@ -28,6 +29,16 @@ def draw_picture(seed, size=48, mode="L"):
     rng, side = np.random.default_rng(seed), max(2, size // 4)
     image = Image.fromarray(rng.integers(0, 256, (side, side, 3), dtype=np.uint8))
     return image.convert(mode).resize((size, size), Image.Resampling.NEAREST)
+
+
+def open_portrait():
+    """The photo of a real face that comes along, 512 x 512 pixels."""
+    return Image.open(PORTRAIT).convert("RGB")
+
+
+def open_faceless():
+    """A photo without a face: what is below it in the portrait."""
+    return open_portrait().crop((0, 200, 512, 512))
 
 
 def draw_folder(root, counts, size=48, mode="L", ending=".png"):

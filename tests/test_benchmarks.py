@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import draw_folder
+from conftest import draw_folder, open_portrait
 
 from benchmarks import speedrun
 
@@ -124,10 +124,7 @@ def test_small_data(faces):
 
 
 def test_faces(tmp_path):
-    from PIL import Image
-
-    data = pytest.importorskip("skimage.data", reason="needs scikit-image for its portrait")
-    face = Image.fromarray(data.astronaut()).crop((175, 64, 275, 164)).resize((48, 48))
+    face = open_portrait().crop((175, 64, 275, 164)).resize((48, 48))
     (tmp_path / "train" / "happy").mkdir(parents=True)
     for number in range(2):
         face.save(tmp_path / "train" / "happy" / f"{number}.png")

@@ -1,6 +1,6 @@
 """Faces in photos: found, cropped as FER2013 is, predicted, annotated; and what happens without OpenCV.
 
-The real face is that of skimage.data.astronaut, a public-domain portrait; group photos are built from it.
+The real face is that of examples/astronaut.jpg, a public-domain portrait; group photos are built from it.
 """
 
 import csv
@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import draw_picture
+from conftest import draw_picture, open_faceless, open_portrait
 from PIL import Image
 from test_predict import write_checkpoint
 
@@ -30,13 +30,12 @@ from predict_emotion import load_model, predict_faces, predict_image
 REPO = Path(__file__).resolve().parent.parent
 NAMES = ["angry", "happy", "sad"]
 cv2 = pytest.importorskip("cv2", reason="needs OpenCV")
-data = pytest.importorskip("skimage.data", reason="needs scikit-image for its portrait")
 FACE = (176, 65, 98, 98)  # of the portrait, as the cascade frames it: left, top, width, height
 
 
 @pytest.fixture(scope="module")
 def portrait():
-    return Image.fromarray(data.astronaut())
+    return open_portrait()
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +108,7 @@ def test_a_group_is_found_largest_first(portrait):
 
 
 def test_no_face_is_an_empty_list():
-    assert find_faces(data.chelsea()) == find_faces(np.zeros((300, 400), np.uint8)) == find_faces(data.coffee()) == []
+    assert find_faces(open_faceless()) == find_faces(np.zeros((300, 400), np.uint8)) == []
 
 
 @pytest.mark.parametrize("size", [(1, 1), (20, 1), (5, 400), (30, 30)])
@@ -214,7 +213,7 @@ def test_predict_faces_is_a_list(portrait, loaded):
     expected = predict_image(model, crop_face(portrait, face), names)
     assert (result["box"], result["score"]) == (face.box, face.score)
     assert (result["emotion"], result["confidence"]) == expected[:2] and result["probs"] == expected[2]
-    assert predict_faces(model, data.chelsea(), names) == []
+    assert predict_faces(model, open_faceless(), names) == []
     several = predict_faces(model, group(portrait, (60, 120, 80)), names)
     assert [round(result["box"][2] / 20) for result in several] == [6, 4, 3]
 
@@ -224,7 +223,7 @@ def photos(portrait, tmp_path):
     folder = tmp_path / "photos"
     folder.mkdir()
     group(portrait, (60, 120)).save(folder / "group.png")
-    Image.fromarray(data.chelsea()).save(folder / "cat.png")
+    open_faceless().save(folder / "arms.png")
     draw_picture(3).save(folder / "crop.png")
     portrait.save(folder / "portrait.jpg", quality=95)
     return folder
@@ -241,10 +240,10 @@ def test_every_face_gets_a_row(photos, run, loaded, tmp_path):
     assert err.splitlines()[-1] == "4 pictures, 3 faces, 1 without a face"
     rows = rows_of(tmp_path / "p.csv")
     assert [(Path(row["file"]).name, row["face"]) for row in rows] == [
-        ("cat.png", "none"), ("crop.png", "whole"), ("group.png", "1"), ("group.png", "2"), ("portrait.jpg", "1"),
+        ("arms.png", "none"), ("crop.png", "whole"), ("group.png", "1"), ("group.png", "2"), ("portrait.jpg", "1"),
     ]  # fmt: skip
-    cat, crop, first, second, _ = rows
-    assert cat["emotion"] == cat["confidence"] == cat["left"] == cat["happy"] == ""
+    arms, crop, first, second, _ = rows
+    assert arms["emotion"] == arms["confidence"] == arms["left"] == arms["happy"] == ""
     assert crop["left"] == "" and crop["emotion"] == predict_image(loaded[1], photos / "crop.png", NAMES)[0]
     assert int(first["width"]) > int(second["width"]) > 0 and float(first["score"])
     (one, two) = predict_faces(loaded[1], photos / "group.png", NAMES)
@@ -288,11 +287,11 @@ def test_min_face(photos, run):
 
 def test_annotated_pictures(photos, run, tmp_path):
     (photos / "again").mkdir()
-    shutil.copy(photos / "cat.png", photos / "again" / "cat.png")
+    shutil.copy(photos / "arms.png", photos / "again" / "arms.png")
     before = {path: path.read_bytes() for path in photos.rglob("*") if path.is_file()}
     assert run(photos, "--annotate", tmp_path / "out")[0] == 0
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
-        "cat.faces.jpg", "cat-2.faces.jpg", "crop.faces.jpg", "group.faces.jpg", "portrait.faces.jpg"
+        "arms.faces.jpg", "arms-2.faces.jpg", "crop.faces.jpg", "group.faces.jpg", "portrait.faces.jpg"
     }  # fmt: skip
     assert {path: path.read_bytes() for path in before} == before
     with Image.open(tmp_path / "out" / "portrait.faces.jpg") as image, Image.open(photos / "portrait.jpg") as original:

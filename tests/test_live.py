@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import open_faceless, open_portrait
 from PIL import Image
 from test_predict import write_checkpoint
 from test_video import FRAMES, SIZE, write_clip
@@ -23,7 +24,6 @@ from video import Video
 REPO = Path(__file__).resolve().parent.parent
 EMOTIONS = ["angry", "disgust", "fear", "happy", "neutral", "sad", "surprise"]
 cv2 = pytest.importorskip("cv2", reason="needs OpenCV")
-data = pytest.importorskip("skimage.data", reason="needs scikit-image for its portrait")
 
 
 @pytest.fixture(scope="module")
@@ -184,7 +184,7 @@ def test_rate_counts_frames_per_second():
 
 @pytest.mark.parametrize("service", list(song_recommend.SERVICES))
 def test_a_song_for_a_picture(model_path, tmp_path, service):
-    Image.fromarray(data.astronaut()).save(tmp_path / "photo.png")
+    open_portrait().save(tmp_path / "photo.png")
     words = ("--source", tmp_path / "photo.png", "--service", service, "--no-browser", "--checkpoint", model_path)
     done = run("song_recommend", *words)
     assert done.returncode == 0, done.stderr
@@ -197,7 +197,7 @@ def test_a_song_for_a_picture(model_path, tmp_path, service):
 
 
 def test_a_song_for_the_crop_of_a_face(model_path, tmp_path):
-    Image.fromarray(data.astronaut()).crop((176, 65, 274, 163)).resize((48, 48)).save(tmp_path / "crop.png")
+    open_portrait().crop((176, 65, 274, 163)).resize((48, 48)).save(tmp_path / "crop.png")
     done = run("song_recommend", "--source", tmp_path / "crop.png", "--no-browser", "--checkpoint", model_path)
     assert done.returncode == 0 and "A song for that" in done.stdout, done.stderr
 
@@ -209,7 +209,7 @@ def test_a_song_for_a_clip(model_path, tmp_path):
 
 
 def test_the_browser_is_asked_for_the_song_alone(model_path, tmp_path, monkeypatch, capsys):
-    Image.fromarray(data.astronaut()).save(tmp_path / "photo.png")
+    open_portrait().save(tmp_path / "photo.png")
     opened = []
     monkeypatch.setattr(song_recommend.webbrowser, "open", lambda address: opened.append(address) or False)
     song_recommend.main(["--source", str(tmp_path / "photo.png"), "--checkpoint", str(model_path)])
@@ -245,5 +245,5 @@ def test_song_mistakes_are_one_line(model_path, words):
 
 
 def test_a_picture_without_a_face_has_no_song(model_path, tmp_path):
-    Image.fromarray(data.chelsea()).save(tmp_path / "cat.png")
-    assert_refused(run("song_recommend", "--source", tmp_path / "cat.png", "--checkpoint", model_path), "no face")
+    open_faceless().save(tmp_path / "arms.png")
+    assert_refused(run("song_recommend", "--source", tmp_path / "arms.png", "--checkpoint", model_path), "no face")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import open_portrait
 from PIL import Image
 from test_predict import write_checkpoint
 
@@ -20,13 +21,12 @@ from video import Video, VideoCopy, is_video
 REPO = Path(__file__).resolve().parent.parent
 NAMES = ["angry", "happy", "sad"]
 cv2 = pytest.importorskip("cv2", reason="needs OpenCV")
-data = pytest.importorskip("skimage.data", reason="needs scikit-image for its portrait")
 FRAMES, FPS, SIZE = 24, 12, (320, 240)
 
 
 def write_clip(path, frames=FRAMES, empty=()):
     """The portrait moving to the right; frames in `empty` show nothing. Its face has about 90 pixels."""
-    portrait = Image.fromarray(data.astronaut()).crop((90, 0, 330, 240))
+    portrait = open_portrait().crop((90, 0, 330, 240))
     writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*"mp4v"), FPS, SIZE)
     assert writer.isOpened()
     for number in range(frames):
@@ -102,7 +102,7 @@ def test_annotated_copy_has_the_same_frames_and_duration(run, tmp_path):
 
 def test_pictures_and_videos_together(run, tmp_path):
     clip = write_clip(tmp_path / "clip.mp4", frames=3)
-    Image.fromarray(data.astronaut()).save(tmp_path / "photo.png")
+    open_portrait().save(tmp_path / "photo.png")
     code, out, err = run(clip, tmp_path / "photo.png", "--output", tmp_path / "p.json")
     assert code == 0 and err.splitlines()[-1] == "1 pictures, 1 videos, 4 faces"
 

@@ -1,0 +1,130 @@
+"""A web page on this computer: drop a photo or use the webcam, and see the emotion of every face in it.
+
+    python -m examples.web_demo                     # http://127.0.0.1:7860
+    python -m examples.web_demo --checkpoint best_emotion_model.pth --port 8000
+
+Only this computer can open the page, unless --host says otherwise. Pictures are sent nowhere else, and what the server
+keeps of them while it runs is deleted when it ends. Needs Gradio: pip install "gradio>=6".
+"""
+
+import os
+import socket
+import tempfile
+from pathlib import Path
+
+from console import ArgumentParser, run_script
+from decoding import read_whole
+from faces import Face, opencv_problem
+from models import InputError, count_parameters, printable
+from overlay import draw_faces
+from predict_emotion import BUNDLED, CROP_SIZE, load_model, predict_faces, predict_image
+
+PHOTO = Path(__file__).parent / "astronaut.jpg"
+DRAWINGS = Path(__file__).parent.parent / "test"
+PRIVACY = "Pictures are not sent anywhere but to the program that shows this page."
+
+
+def load_gradio():
+    """The module gradio, which then sends no statistics and records no runs; InputError where it is missing."""
+    os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_RUN_HISTORY": "False"}
+    try:
+        import gradio
+    except ImportError as error:
+        raise InputError(f'the page needs Gradio: pip install "gradio>=6" ({error})') from None
+    return gradio
+
+
+def describe(model, path: str) -> str:
+    classes = ", ".join(map(printable, model.class_names))
+    return (f"Network: **{model.arch}** from `{printable(path)}`, {count_parameters(model):,} parameters, trained on "
+            f"{printable(model.trained_on)}. Classes: {classes}.")  # fmt: skip
+
+
+def find_emotions(model, path: str) -> tuple[list[tuple[Face | None, tuple | None]], str]:
+    """((face, prediction) for each face of the picture, and a line that says what was found)."""
+    pixels = read_whole(path)
+    is_crop = max(pixels.shape[:2]) <= CROP_SIZE
+    if is_crop or opencv_problem():
+        why = "The picture is small, so all of it was taken for one face." if is_crop else opencv_problem()
+        return [(None, predict_image(model, pixels, model.class_names))], why
+    found = predict_faces(model, pixels, model.class_names)
+    if not found:
+        return [(None, None)], "No face found. Try a picture with an upright face, or crop it to the face."
+    results = [(Face(*one["box"], one["score"]), (one["emotion"], one["confidence"], one["probs"])) for one in found]
+    return results, "1 face found." if len(found) == 1 else f"{len(found)} faces found."
+
+
+def build_page(gr, model, path: str):
+    """The page, as gradio.Blocks."""
+
+    def classify(path: str | None):
+        if path is None:
+            return None, "", []
+        try:
+            results, message = find_emotions(model, path)
+        except InputError:
+            return None, "This file can't be read as a picture. Try a JPEG or PNG file.", []
+        labels = [{name: percent / 100 for name, percent in found[2].items()} for _, found in results if found]
+        return draw_faces(read_whole(path), results), message, labels
+
+    with gr.Blocks(title="Facial emotions", analytics_enabled=False, delete_cache=(60, 600)) as page:
+        gr.Markdown(f"# Facial emotions\n{describe(model, path)}\n\n{PRIVACY}")
+        with gr.Row():
+            with gr.Column():
+                photo = gr.Image(sources=["upload", "webcam", "clipboard"], label="Photo", height=400)
+                photo.preprocess = lambda file: file and file.path  # so that we read it, as everywhere else
+                drawings = [next(iter(sorted(folder.iterdir())), None) for folder in sorted(DRAWINGS.glob("*/"))]
+                examples = [str(file) for file in [PHOTO, *drawings] if file and file.is_file()]
+                gr.Examples(examples, photo, examples_per_page=8)
+            with gr.Column():
+                annotated = gr.Image(label="Faces", interactive=False, format="jpeg", height=400,
+                                     buttons=["download", "fullscreen"])  # none that shares  # fmt: skip
+                message = gr.Markdown(elem_id="message")
+                labels = gr.State([])
+
+                @gr.render(inputs=labels)
+                def show_labels(found: list[dict[str, float]]) -> None:
+                    for number, probs in enumerate(found, 1):
+                        gr.Label(probs, label=f"Face {number}")
+
+        photo.change(classify, photo, [annotated, message, labels], api_name="classify")
+    return page
+
+
+def find_port(host: str, wanted: int | None) -> int:
+    """`wanted`, or the first free one from 7860 on. InputError where it is taken or `host` is wrong."""
+    for port in [wanted] if wanted is not None else range(7860, 7960):
+        with socket.socket() as server:
+            server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                server.bind((host, port or -1))  # 0 would be any port
+                return port
+            except OSError as error:
+                problem = f"can't serve at --host {host} --port {port}: {error.strerror}"
+            except OverflowError:
+                problem = f"--port must be from 1 to 65535, not {port}"
+    raise InputError(problem)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--checkpoint", metavar="PATH", default=str(BUNDLED), help="(default: weights/"
+                        "emotion_model.pth)")  # fmt: skip
+    parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 lets other computers in (default: 127.0.0.1)")
+    parser.add_argument("--port", type=int, help="(default: the first free one from 7860 on)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
+    args = parser.parse_args(argv)
+    port = find_port(args.host, args.port)
+    gr = load_gradio()
+    model, _ = load_model(args.checkpoint, args.device)
+    with tempfile.TemporaryDirectory(prefix="emotion_page_") as folder:
+        os.environ["GRADIO_TEMP_DIR"] = folder
+        page = build_page(gr, model, os.path.relpath(args.checkpoint))
+        page.launch(server_name=args.host, server_port=port, share=False, ssr_mode=False, quiet=True,
+                    prevent_thread_lock=True, footer_links=["settings"])  # fmt: skip
+        print(f"open http://{args.host}:{port} in a browser; Ctrl-C ends", flush=True)
+        page.block_thread()
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,135 @@
+"""The web page in a real browser: the system's Chromium, headless, driven by playwright."""
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import PORTRAIT, draw_picture
+
+REPO = Path(__file__).resolve().parent.parent
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+pytest.importorskip("cv2", reason="needs OpenCV")
+
+
+def start(*args, **options):
+    command = [sys.executable, "-m", "examples.web_demo", *map(str, args)]
+    return subprocess.Popen(command, cwd=REPO, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+
+
+def free_port():
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def address(tmp_path_factory):
+    """That of a running page, whose folder for temporary files must be empty again once Ctrl-C has ended it."""
+    pytest.importorskip("gradio", reason="needs Gradio")
+    folder = tmp_path_factory.mktemp("temporary")
+    server = start("--port", free_port(), env={**os.environ, "TMPDIR": str(folder)})
+    try:
+        line = server.stdout.readline()
+        assert line.startswith("open http://127.0.0.1:"), server.communicate()
+        yield line.split()[1]
+        server.send_signal(signal.SIGINT)
+        server.communicate(timeout=60)
+        assert not list(folder.glob("emotion_page_*"))
+    finally:
+        server.kill()
+
+
+@pytest.fixture(scope="module")
+def page(address):
+    """The page, opened; `page.asked` lists the addresses that it has asked for."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright")
+    if not CHROMIUM:
+        pytest.skip("needs Chromium")
+    quiet = ("--disable-gpu", "--disable-background-networking", "--disable-component-update", "--disable-sync")
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", *quiet])
+        page = browser.new_page(viewport={"width": 1280, "height": 1000})
+        page.set_default_timeout(60_000)
+        page.asked = []
+        page.on("request", lambda request: page.asked.append(request.url))
+        page.goto(address)
+        page.wait_for_selector("input[type=file]", state="attached")
+        yield page
+        browser.close()
+
+
+def upload(page, path, message):
+    """Uploads the file in the place of the one before, and waits for `message`."""
+    if page.get_by_label("Remove Image").count() or page.get_by_label("Clear").count():
+        page.get_by_label("Clear").or_(page.get_by_label("Remove Image")).first.click()
+        page.wait_for_function("!document.querySelector('#message').innerText.trim()")
+    page.set_input_files("input[type=file]", path)
+    page.wait_for_function("text => document.querySelector('#message').innerText.includes(text)", arg=message)
+
+
+def test_says_which_network_runs(page):
+    text = page.inner_text("body")
+    assert "seresnet13" in text and "weights/emotion_model.pth" in text and "not sent anywhere" in text
+
+
+def test_uploaded_photo_gets_box_and_label_bar(page):
+    upload(page, PORTRAIT, "1 face found")
+    page.wait_for_selector("text=Face 1")
+    label = page.inner_text("[data-testid=label-output-value], .output-class")
+    assert label.strip() == "happy"
+    bars = page.inner_text("body").split("Face 1")[1]
+    assert all(name in bars for name in ("angry", "disgust", "fear", "neutral", "sad", "surprise"))
+    drawn = page.locator("img[src*='/file=']").last.evaluate("image => [image.naturalWidth, image.naturalHeight]")
+    assert min(drawn) >= 512
+
+
+def test_picture_without_a_face(page, tmp_path):
+    draw_picture(1, 300, "RGB").save(tmp_path / "noise.png")
+    upload(page, tmp_path / "noise.png", "No face found")
+    assert "Face 1" not in page.inner_text("body")
+
+
+def test_small_picture_is_taken_whole(page):
+    upload(page, next((REPO / "test" / "happy").iterdir()), "taken for one face")
+    page.wait_for_selector("text=Face 1")
+
+
+def test_broken_file(page, tmp_path):
+    (tmp_path / "broken.jpg").write_text("this is no picture")
+    upload(page, tmp_path / "broken.jpg", "can't be read")
+    assert "Face 1" not in page.inner_text("body")
+    upload(page, PORTRAIT, "1 face found")  # and the page goes on
+
+
+def test_example_picture(page):
+    page.locator(".gallery-item, .gallery > *").first.click()
+    page.wait_for_selector("text=Face 1")
+
+
+def test_page_asks_nobody_else(page, address):
+    assert len(page.asked) > 10
+    assert not [url for url in page.asked if not url.startswith((address, "data:", "blob:"))]
+
+
+@pytest.mark.parametrize("port", ["0", "70000", "taken"])
+def test_unusable_port(port):
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        server.listen()
+        port = server.getsockname()[1] if port == "taken" else port
+        process = start("--port", port)
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 2 and err.count("\n") == 1 and str(port) in err
+
+
+def test_without_gradio(tmp_path):
+    (tmp_path / "gradio.py").write_text("raise ImportError('not here')")
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    process = start("--port", free_port(), env=environment)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 2 and err.count("\n") == 1 and "pip install" in err
