@@ -121,7 +121,7 @@ def main(argv: list[str] | None = None) -> None:
         os.environ["GRADIO_TEMP_DIR"] = folder
         page = build_page(gr, model, os.path.relpath(args.checkpoint))
         page.launch(server_name=args.host, server_port=port, share=False, ssr_mode=False, quiet=True,
-                    prevent_thread_lock=True, footer_links=["settings"])  # fmt: skip
+                    prevent_thread_lock=True, footer_links=[])  # fmt: skip
         print(f"open http://{args.host}:{port} in a browser; Ctrl-C ends", flush=True)
         page.block_thread()
 
