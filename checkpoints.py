@@ -21,8 +21,8 @@ from models import InputError, InputSpec, create_model, head_prefix
 FORMAT_VERSION = 1
 BEST_NAME, FINAL_NAME = "best_emotion_model.pth", "final_emotion_model.pth"
 _TYPES = {
-    "format_version": int, "arch": str, "num_classes": int, "class_names": list, "input_spec": dict,
-    "temperature": float, "trained_on": str, "state_dict": dict, "epoch": int, "metrics": dict, "config": dict,
+    "arch": str, "num_classes": int, "class_names": list, "input_spec": dict, "temperature": float, "trained_on": str,
+    "epoch": int, "metrics": dict, "config": dict,
 }  # fmt: skip
 
 
@@ -106,20 +106,29 @@ def _read(path: Path):
         raise InputError(f"{path} is no checkpoint: {_what_is_wrong(path)}") from None
 
 
+def _names_in_zip(path: Path) -> set[str]:
+    """The names of the files in a zip archive, without folders; none where it is damaged or something else."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return {name.rpartition("/")[2] for name in archive.namelist()}
+    except (zipfile.BadZipFile, OSError):
+        return set()
+
+
+def is_torchscript(path: Path) -> bool:
+    return path.is_file() and "constants.pkl" in _names_in_zip(path)
+
+
 def _what_is_wrong(path: Path) -> str:
     if path.stat().st_size == 0:
         return "the file is empty"
     if zipfile.is_zipfile(path):
-        try:
-            with zipfile.ZipFile(path) as archive:
-                names = {name.rpartition("/")[2] for name in archive.namelist()}
-        except (zipfile.BadZipFile, OSError):
-            return "it is damaged"
-        if "constants.pkl" in names:
-            return "it is a TorchScript file"
+        names = _names_in_zip(path)
+        if is_torchscript(path):
+            return "it is a TorchScript file, whose name ends in .pt"
         if "data.pkl" in names:
             return "it is damaged, or holds Python objects other than tensors and plain values, which could run code"
-        return "it is a zip archive of something else"
+        return "it is a zip archive of something else" if names else "it is damaged"
     with path.open("rb") as file:
         if file.read(1) == pickle.PROTO:
             return "it is a bare pickle, which could run code; save a state_dict or a checkpoint with torch.save"
@@ -142,6 +151,19 @@ def _check(checkpoint, path: str | Path) -> dict:
             f"{path} has checkpoint format {checkpoint['format_version']!r}, and this version reads {FORMAT_VERSION}: "
             "use the version of this project that wrote it"
         )
+    if not isinstance(checkpoint.get("state_dict"), dict):
+        raise InputError(f"{path} is damaged: its 'state_dict' is missing or no dict")
+    check_info(checkpoint, path)
+    return checkpoint
+
+
+def get_info(checkpoint: dict) -> dict:
+    """What an exported file says of the network: all of a checkpoint that deploys, but the weights."""
+    return {key: checkpoint[key] for key in ("format_version", *_TYPES)}
+
+
+def check_info(checkpoint: dict, path: str | Path) -> dict:
+    """`checkpoint` where what it says of its network is whole; raises InputError that names `path` where it isn't."""
     for key, kind in _TYPES.items():
         if not isinstance(checkpoint.get(key), kind):
             raise InputError(f"{path} is damaged: its {key!r} is missing or no {kind.__name__}")

@@ -15,20 +15,19 @@ from pathlib import Path
 import numpy as np
 
 import reports
-from checkpoints import read_checkpoint, replace_file
+from checkpoints import replace_file
 from console import ArgumentParser, make_output_dir, run_script
 from data import FolderImages
-from decoding import to_input
 from engine import PRECISIONS, evaluate, pick_precision, to_log_probs
-from inference import find_checkpoint, prepare_model
+from inference import open_model, prepare
 from models import InputError, printable
 from splits import Batches, split_train_val
 
 
 def get_args_parser() -> ArgumentParser:
     parser = ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--checkpoint", metavar="PATH", help="(default: best_emotion_model.pth here, else "
-                        "weights/emotion_model.pth)")  # fmt: skip
+    parser.add_argument("--checkpoint", metavar="PATH", help="a checkpoint or an exported file (default: "
+                        "best_emotion_model.pth here, else weights/emotion_model.pth)")  # fmt: skip
     parser.add_argument("--data-dir", metavar="DIR", default=".", help="holds the split, or class folders (default: .)")
     parser.add_argument("--split", choices=("test", "val", "train"), default="test", help="without val/, val is the "
                         "share of train/ that the checkpoint was validated on (default: test)")  # fmt: skip
@@ -38,6 +37,7 @@ def get_args_parser() -> ArgumentParser:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
     parser.add_argument("--precision", choices=PRECISIONS, default="fp32", help="(default: fp32)")
     parser.add_argument("--cache-dir", metavar="DIR", help="keeps decoded pictures (default: the user's cache folder)")
+    parser.add_argument("--trust", action="store_true", help="load .pt and .pt2 files, which can carry code that runs")
     parser.add_argument("--strict", action="store_true", help="stop at a picture that can't be read")
     return parser
 
@@ -72,31 +72,29 @@ def main(argv: list[str] | None = None) -> None:
     args = get_args_parser().parse_args(argv)
     if args.batch_size < 1:
         raise InputError(f"--batch-size must be at least 1, not {args.batch_size}")
-    path = find_checkpoint(args.checkpoint)
-    checkpoint = read_checkpoint(path)
-    model, class_names = prepare_model(checkpoint, path, args.device)
+    model, info = open_model(args.checkpoint, args.device, trust=args.trust)
     device = next(model.parameters()).device
     precision = pick_precision(args.precision, device)
     output_dir = args.output_dir and new_output_dir(args.output_dir)
-    data, rows, split = load_split(args, model, checkpoint["config"])
+    data, rows, split = load_split(args, model, info["config"])
     for note in data.notes:
         print(note)
     logits, labels = evaluate(
         model,
         Batches(data, rows, device).iterate(args.batch_size),
-        lambda images: to_input(images, model.input_spec),
+        lambda images: prepare(images, model),
         tta=args.tta,
         precision=precision,
     )
     metrics = reports.compute_metrics(
         labels.numpy(),
         to_log_probs(logits, model.temperature).numpy(),
-        class_names,
+        model.class_names,
         split=split,
         temperature=model.temperature,
         uncalibrated=to_log_probs(logits).numpy(),
     )
-    metrics |= {"arch": model.arch, "epoch": checkpoint["epoch"], "tta": args.tta}
+    metrics |= {"arch": model.arch, "epoch": info["epoch"], "tta": args.tta}
     views = ", mirrored views averaged" if args.tta else ""
     print(f"{model.arch}, trained on {printable(model.trained_on)}{views}\n{reports.format_report(metrics)}")
     warning = reports.one_class_warning(metrics)

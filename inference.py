@@ -18,6 +18,7 @@ from checkpoints import BEST_NAME, build_model, read_checkpoint
 from data import SAMPLE_SET
 from decoding import in_chunks, read_image, read_whole, to_input
 from engine import memory_format, pick_device
+from exporting import is_exported, read_exported
 from faces import Face, crop_face, find_faces, opencv_problem
 from models import InputError, InputSpec, printable
 
@@ -41,23 +42,40 @@ def find_checkpoint(path: str | Path | None = None) -> Path:
     raise InputError(f"no {BEST_NAME} here: train one with train_emotion_cnn.py, or name one with --checkpoint PATH")
 
 
-def load_model(path: str | Path | None = None, device: str = "auto") -> tuple[nn.Module, list[str]]:
-    """The network of a checkpoint, in evaluation mode on `device`, and its class names.
+def load_model(
+    path: str | Path | None = None, device: str = "auto", *, trust: bool = False
+) -> tuple[nn.Module, list[str]]:
+    """The network of a checkpoint or an exported file, in evaluation mode on `device`, and its class names.
 
     Without `path`: best_emotion_model.pth in the current folder, else weights/emotion_model.pth. The network carries
-    `arch`, `input_spec`, `class_names`, `temperature` and `trained_on`. Raises InputError (a ValueError).
+    `arch`, `input_spec`, `class_names`, `temperature` and `trained_on`. TorchScript and torch.export files can carry
+    code, and are loaded with `trust` only. Raises InputError (a ValueError).
     """
+    model, _ = open_model(path, device, trust=trust)
+    return model, model.class_names
+
+
+def open_model(path: str | Path | None = None, device: str = "auto", *, trust: bool = False) -> tuple[nn.Module, dict]:
+    """As load_model, with all that the file says of the network; says so where the network knows only drawings."""
     path = find_checkpoint(path)
-    return prepare_model(read_checkpoint(path), path, device)
-
-
-def prepare_model(checkpoint: dict, path: str | Path, device: str = "auto") -> tuple[nn.Module, list[str]]:
-    """What load_model returns, from a checkpoint that was read from `path`; says so where it knows only drawings."""
+    if is_exported(path):
+        model, info = read_exported(path, trust=trust)
+        if hasattr(model, "eats_uint8") and device not in ("auto", "cpu"):
+            raise InputError(f"--device {device}: {path} runs on the CPU; use the checkpoint for other devices")
+        device = "cpu" if hasattr(model, "eats_uint8") else device
+    else:
+        info = read_checkpoint(path)
+        model = build_model(info, path)
     target = pick_device(device)
-    model = build_model(checkpoint, path).to(target, memory_format=memory_format(target))
+    model = model.to(target, memory_format=memory_format(target))
     if model.trained_on == SAMPLE_SET:
         print(f"note: this network was trained on {model.trained_on}; for photos, train on real faces", file=sys.stderr)
-    return model, model.class_names
+    return model, info
+
+
+def prepare(images: torch.Tensor, model: nn.Module) -> torch.Tensor:
+    """uint8 (N, C, H, W) as `read_image` makes them -> what `model` eats: exported files scale and normalise inside."""
+    return images if hasattr(model, "eats_uint8") else to_input(images, model.input_spec)
 
 
 def predict_image(model: nn.Module, image, class_names: list[str]) -> Prediction:
@@ -114,7 +132,7 @@ def _check_classes(model: nn.Module, class_names: list[str]) -> None:
 def predict_probs(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
     """uint8 (N, C, H, W) as `read_image` makes them -> probabilities float32 (N, num_classes) on the CPU."""
     device = next(model.parameters()).device
-    inputs = to_input(images.to(device), model.input_spec).contiguous(memory_format=memory_format(device))
+    inputs = prepare(images.to(device), model).contiguous(memory_format=memory_format(device))
     return torch.softmax(model(inputs).float() / getattr(model, "temperature", 1.0), dim=1).cpu()
 
 

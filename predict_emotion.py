@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 from torch import nn
 
-from checkpoints import BEST_NAME, read_checkpoint, replace_file
+from checkpoints import BEST_NAME, replace_file
 from console import ArgumentParser, check_writable, make_output_dir, run_script
 from data import find_classes, walk_pictures
 from decoding import read_image
@@ -35,13 +35,12 @@ from inference import (
     View,
     classify,
     classify_on_cores,
-    find_checkpoint,
     load_model,
     make_finder,
+    open_model,
     predict_faces,
     predict_image,
     predict_images,
-    prepare_model,
     to_prediction,
 )
 from models import InputError, count_parameters, printable
@@ -57,8 +56,8 @@ def get_args_parser() -> ArgumentParser:
     parser = ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("inputs", nargs="*", metavar="PICTURE", help="pictures, folders, patterns, videos; without"
                         " any, a sample of test/ is drawn to prediction_samples.png")  # fmt: skip
-    parser.add_argument("--checkpoint", metavar="PATH", help=f"(default: {BEST_NAME} here, else "
-                        "weights/emotion_model.pth)")  # fmt: skip
+    parser.add_argument("--checkpoint", metavar="PATH", help="a checkpoint or an exported file (default: "
+                        f"{BEST_NAME} here, else weights/emotion_model.pth)")  # fmt: skip
     parser.add_argument("--show-all", action="store_true", help="every probability, as a bar")
     parser.add_argument("--output", metavar="FILE", help="also write the predictions to FILE, .csv or .json")
     parser.add_argument("--faces", choices=("auto", "on", "off"), default="auto", help="on: every face that OpenCV "
@@ -76,6 +75,7 @@ def get_args_parser() -> ArgumentParser:
                         "(default: .)")  # fmt: skip
     parser.add_argument("--output-dir", metavar="DIR", default=".", help="for prediction_samples.png (default: .)")
     parser.add_argument("--batch-size", type=int, default=64, help="(default: 64)")
+    parser.add_argument("--trust", action="store_true", help="load .pt and .pt2 files, which can carry code that runs")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
     return parser
 
@@ -136,14 +136,15 @@ def print_prediction(view: View, prediction: Prediction | None, *, is_single: bo
         print(*("  " + line for line in format_bars(all_probs)), sep="\n")
 
 
-def print_info(checkpoint: dict, model: nn.Module) -> None:
+def print_info(info: dict, model: nn.Module) -> None:
     """What a checkpoint is: arch, classes, input, what it was trained on, metrics, settings."""
-    spec, metrics, config = model.input_spec, checkpoint["metrics"], checkpoint["config"]
+    spec, metrics, config = model.input_spec, info["metrics"], info["config"]
     colour = "gray" if spec.stored_channels == 1 else "RGB"
-    print(f"arch: {model.arch}, {count_parameters(model):,} parameters")
+    parameters = "exported" if hasattr(model, "eats_uint8") else f"{count_parameters(model):,} parameters"
+    print(f"arch: {model.arch}, {parameters}")
     print(f"classes: {', '.join(model.class_names)}")
     print(f"input: {spec.image_size} x {spec.image_size} {colour}, mean {spec.mean}, std {spec.std}")
-    epochs = f"epoch {checkpoint['epoch']} of {config.get('epochs', '?')}"
+    epochs = f"epoch {info['epoch']} of {config.get('epochs', '?')}"
     print(f"trained on: {printable(model.trained_on)}, {epochs}, temperature {model.temperature:g}")
     print("metrics: " + ", ".join(f"{key} {value:.4f}" for key, value in metrics.items()))
     print("settings: " + ", ".join(f"{key} {printable(value)}" for key, value in config.items() if value is not None))
@@ -319,14 +320,12 @@ def main(argv: list[str] | None = None) -> int | None:
             raise InputError(f"{flag} must be at least 1, not {value}")
     if args.output:
         check_writable(args.output)
-    path = find_checkpoint(args.checkpoint)
-    checkpoint = read_checkpoint(path)
-    model, class_names = prepare_model(checkpoint, path, args.device)
+    model, info = open_model(args.checkpoint, args.device, trust=args.trust)
     if args.info:
-        return print_info(checkpoint, model)
+        return print_info(info, model)
     if args.inputs:
-        return predict_files(model, class_names, args)
-    return draw_samples(model, class_names, args)
+        return predict_files(model, model.class_names, args)
+    return draw_samples(model, model.class_names, args)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import evaluate_emotion
+import export_emotion
 import predict_emotion
 import prepare_data
 import train_emotion_cnn
@@ -23,8 +24,9 @@ MODULES = {  # module: (what it may import at its top, what inside functions as 
     "decoding": ("models torch numpy PIL", ""),
     "drawing": ("numpy PIL data", ""),
     "engine": ("models torch tqdm", ""),
+    "exporting": ("checkpoints decoding models torch", "onnxruntime safetensors"),
     "faces": ("numpy decoding models", "cv2"),
-    "inference": ("checkpoints data decoding engine faces models numpy torch", ""),
+    "inference": ("checkpoints data decoding engine exporting faces models numpy torch", ""),
     "live": ("decoding faces inference models video numpy torch", ""),
     "models": ("torch", "torchvision safetensors"),
     "overlay": ("checkpoints console decoding faces inference models numpy PIL", ""),
@@ -83,7 +85,7 @@ def allowed(name):
 def test_every_file_is_in_the_table():
     assert set(FILES) <= set(SCRIPTS) | set(MODULES)
     assert {"models", "checkpoints", "decoding", "data", "augment", "splits", "engine", "training_run", "reports",
-            "drawing", "evaluate_emotion", "predict_emotion", "prepare_data", "train_emotion_cnn"} <= set(FILES)
+            "drawing", "evaluate_emotion", "predict_emotion", "prepare_data", "train_emotion_cnn", "export_emotion", "hubconf"} <= set(FILES)
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -130,12 +132,8 @@ def test_importing_the_public_api_is_light(tmp_path):
 
 def help_texts(capsys):
     """{command line: what its --help prints} of every script that is there."""
-    mains = {"train_emotion_cnn": train_emotion_cnn.main, "evaluate_emotion": evaluate_emotion.main,
-             "predict_emotion": predict_emotion.main, "prepare_data": prepare_data.main}
-    if "export_emotion" in FILES:
-        import export_emotion
-
-        mains["export_emotion"] = export_emotion.main
+    scripts = (train_emotion_cnn, evaluate_emotion, export_emotion, predict_emotion, prepare_data)
+    mains = {script.__name__: script.main for script in scripts}
     lines = [(name, []) for name in mains] + [("prepare_data", ["sample"]), ("prepare_data", ["fer2013"])]
     texts = {}
     for name, words in lines:
@@ -175,7 +173,7 @@ def test_links_lead_to_files(page):
     assert here and [link for link in here if not (REPO / page).parent.joinpath(link).exists()] == []
 
 
-@pytest.mark.parametrize("command", ["train_emotion_cnn", "evaluate_emotion", "predict_emotion"])
+@pytest.mark.parametrize("command", ["train_emotion_cnn", "evaluate_emotion", "export_emotion", "predict_emotion"])
 def test_help_shows_every_flag_with_a_text(capsys, command):
     text = help_texts(capsys)[command]
     assert "default" in text

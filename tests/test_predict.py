@@ -33,10 +33,12 @@ NAMES = ["angry", "happy", "sad"]
 COLUMNS = ["file", "time", "face", "left", "top", "width", "height", "score", "emotion", "confidence", *NAMES]
 
 
-def write_checkpoint(path, *, arch="cnn4_bn", names=NAMES, gray=False, trained_on="faces", temperature=1.0, seed=0):
+def write_checkpoint(
+    path, *, arch="cnn4_bn", names=NAMES, gray=False, trained_on="faces", temperature=1.0, seed=0, image_size=None
+):
     """A checkpoint of an untrained network whose answers differ clearly from picture to picture."""
     torch.manual_seed(seed)
-    model = create_model(arch, len(names))
+    model = create_model(arch, len(names), **({"image_size": image_size} if image_size else {}))
     with torch.no_grad():
         list(model.parameters())[-2].mul_(40)
     if gray:

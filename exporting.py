@@ -1,0 +1,198 @@
+"""Networks in files that other programs read: written with everything inside, and read back like checkpoints.
+
+    write_onnx(deployed, info, "emotion_model.onnx")            # uint8 pictures in, probabilities out
+    model, info = read_exported("emotion_model.onnx")           # to be used as the network of a checkpoint is
+
+`info` is the checkpoint without its weights: classes, InputSpec, arch, what it was trained on and how.
+"""
+
+import importlib.util
+import json
+import logging
+import warnings
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from checkpoints import build_model, check_info, is_torchscript
+from decoding import to_input
+from models import InputError, InputSpec, printable
+
+INFO_NAME = "emotion.json"  # of the entry in TorchScript and torch.export files; in ONNX the key of the metadata
+CONFIG_NAME = "config.json"  # beside a safetensors file
+CARRY_CODE = (".pt", ".pt2")
+
+
+class Deployed(nn.Module):
+    """uint8 (N, C, S, S), 0-255 -> probabilities float32 (N, num_classes): what an exported file computes.
+
+    C and S are `input_spec.stored_channels` and `.image_size`; decoding and resizing stay outside.
+    """
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model, self.spec, self.temperature = model, model.input_spec, model.temperature
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return torch.softmax(self.model(to_input(images, self.spec)) / self.temperature, dim=1)
+
+    def example(self, count: int = 2) -> torch.Tensor:
+        """uint8 pictures of seeded noise."""
+        side, generator = self.spec.image_size, torch.Generator().manual_seed(0)
+        shape = (count, self.spec.stored_channels, side, side)
+        return torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
+
+
+# Writing: each takes (Deployed on the CPU, info, path)
+
+
+def write_onnx(deployed: Deployed, info: dict, path: Path) -> None:
+    """One file with the weights inside, any batch size, by the exporter that rests on torch.export."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about the exporter's own insides
+        program = torch.onnx.export(
+            deployed,
+            (deployed.example(),),
+            dynamo=True,
+            verbose=False,
+            input_names=["images"],
+            output_names=["probs"],
+            dynamic_shapes=({0: torch.export.Dim("batch", min=1)},),
+        )
+    program.model.metadata_props[INFO_NAME] = json.dumps(info)
+    program.save(path, external_data=False)
+
+
+def write_torchscript(deployed: Deployed, info: dict, path: Path) -> None:
+    """PyTorch calls TorchScript deprecated; it is here for what reads nothing else (S1 exports it)."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        traced = torch.jit.trace(deployed, deployed.example(), check_trace=False)
+        torch.jit.save(traced, str(path), _extra_files={INFO_NAME: json.dumps(info)})
+
+
+def write_torch_export(deployed: Deployed, info: dict, path: Path) -> None:
+    shapes = ({0: torch.export.Dim("batch", min=1)},)
+    program = torch.export.export(deployed, (deployed.example(),), dynamic_shapes=shapes)
+    torch.export.save(program, str(path), extra_files={INFO_NAME: json.dumps(info)})
+
+
+def write_safetensors(deployed: Deployed, info: dict, path: Path) -> None:
+    """The weights alone, with `info` as config.json beside them: an interchange, not a program."""
+    from safetensors.torch import save
+
+    path.write_bytes(save({key: value.contiguous() for key, value in deployed.model.state_dict().items()}))
+    path.with_name(CONFIG_NAME).write_text(json.dumps(info, indent=2), encoding="utf-8")
+
+
+FORMATS = {  # name: (file, packages it needs beside torch, its function)
+    "onnx": ("emotion_model.onnx", ("onnx", "onnxscript", "onnxruntime"), write_onnx),
+    "torchscript": ("emotion_model.pt", (), write_torchscript),
+    "torch_export": ("emotion_model.pt2", (), write_torch_export),
+    "safetensors": ("emotion_model.safetensors", ("safetensors",), write_safetensors),
+}
+
+
+def missing_packages(name: str) -> list[str]:
+    """Those that the format needs and that aren't installed."""
+    return [package for package in FORMATS[name][1] if importlib.util.find_spec(package) is None]
+
+
+# Reading
+
+
+class _Program(nn.Module):
+    """An exported file in the place of a network: uint8 pictures in, logits out, up to a constant a picture.
+
+    `eats_uint8` says that scaling and normalising are inside. What comes out of the file are probabilities, by the
+    temperature; their logarithms times the temperature are what they were made of.
+    """
+
+    eats_uint8 = True
+
+    def __init__(self, run, info: dict):
+        super().__init__()
+        self._run, self.arch, self.num_classes = run, info["arch"], info["num_classes"]
+        self.input_spec, self.class_names = InputSpec.from_dict(info["input_spec"]), info["class_names"]
+        self.temperature, self.trained_on = info["temperature"], info["trained_on"]
+        self.device_mark = nn.Parameter(torch.empty(0), requires_grad=False)  # a network is where its parameters are
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.temperature * self._run(images.contiguous()).clamp_min(1e-30).log()
+
+
+def is_exported(path: str | Path) -> bool:
+    """By its name; .pt is what some call their checkpoints too, so there the content decides."""
+    return Path(path).suffix in (".onnx", ".pt2", ".safetensors") or (
+        Path(path).suffix == ".pt" and is_torchscript(Path(path))
+    )
+
+
+def read_exported(path: str | Path, *, trust: bool = False) -> tuple[nn.Module, dict]:
+    """The network in an exported file, on the CPU and in evaluation mode, and its info.
+
+    Raises InputError for a file that is damaged or not ours, needs a package that is missing, or could run code
+    (TorchScript, torch.export) and is not trusted.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"no file {path}" if not path.exists() else f"{path} is not a file")
+    if path.suffix in CARRY_CODE and not trust:
+        raise InputError(f"{path} can carry code that runs when it is loaded: pass --trust (trust=True in Python) if "
+                         "it comes from someone you trust, or use the .pth or .onnx file")  # fmt: skip
+    read = {".onnx": _read_onnx, ".pt": _read_torchscript, ".pt2": _read_torch_export, ".safetensors": _read_tensors}
+    try:
+        run, text = read[path.suffix](path)
+        info = json.loads(text)
+        if info is None:
+            raise InputError(f"{path} was not made by export_emotion.py: it holds no class names")
+        info = check_info(info, path)
+        model = _Program(run, info) if callable(run) else build_model({**info, "state_dict": run}, path)
+        return model.eval(), info
+    except InputError:
+        raise
+    except ImportError as error:
+        raise InputError(f"{path} needs a package that isn't there: pip install {error.name or error}") from None
+    except Exception as error:  # what these readers raise on foreign or damaged bytes is not documented, and varies
+        reason = printable(" ".join(str(error).split())[:200]) or type(error).__name__
+        raise InputError(f"{path} can't be read as {path.suffix}: {reason}") from None
+
+
+def _read_onnx(path: Path):
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = onnxruntime.InferenceSession(path.read_bytes(), options, providers=["CPUExecutionProvider"])
+    text = session.get_modelmeta().custom_metadata_map.get(INFO_NAME, "null")
+    return lambda images: torch.from_numpy(session.run(None, {"images": images.numpy()})[0]), text
+
+
+def _read_torchscript(path: Path):
+    files = {INFO_NAME: ""}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        program = torch.jit.load(str(path), map_location="cpu", _extra_files=files)
+    return lambda images: program(images), files[INFO_NAME] or "null"
+
+
+def _read_torch_export(path: Path):
+    files = {INFO_NAME: ""}
+    logging.disable(logging.WARNING)  # tracebacks of what is one line here
+    try:
+        program = torch.export.load(str(path), extra_files=files)
+    finally:
+        logging.disable(logging.NOTSET)
+    module = program.module()
+    return lambda images: module(images), files[INFO_NAME] or "null"
+
+
+def _read_tensors(path: Path):
+    from safetensors.torch import load_file
+
+    config = path.with_name(CONFIG_NAME)
+    if not config.is_file():
+        raise InputError(f"no {config}: it belongs beside {path.name} and holds the class names")
+    return load_file(str(path)), config.read_text(encoding="utf-8")

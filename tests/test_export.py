@@ -1,0 +1,294 @@
+"""export_emotion.py: every format answers as the network does, also where this project can't be imported."""
+
+import json
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import PORTRAIT, draw_folder, draw_picture
+from test_predict import write_checkpoint
+
+import evaluate_emotion
+import export_emotion
+import exporting
+import predict_emotion
+from console import run_script
+from decoding import read_image
+from exporting import FORMATS
+from predict_emotion import load_model, predict_image, predict_images
+
+for package in ("onnx", "onnxscript", "onnxruntime", "safetensors"):
+    pytest.importorskip(package, reason=f"needs {package}")
+
+REPO = Path(__file__).resolve().parent.parent
+NAMES = ["angry", "happy", "sad"]
+FILES = [file for file, _, _ in FORMATS.values()]
+
+
+@pytest.fixture
+def run(capsys):
+    def run_main(module, *args):
+        with pytest.raises(SystemExit) as stop:
+            run_script(lambda: module.main([*map(str, args)]))
+        out, err = capsys.readouterr()
+        return stop.value.code or 0, out, err
+
+    return run_main
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """model.pth (temperature 1.7), what is exported of it, and pictures: data/test/<class>/."""
+    root = tmp_path_factory.mktemp("exported")
+    write_checkpoint(root / "model.pth", names=NAMES, temperature=1.7)
+    draw_folder(root / "data" / "test", dict.fromkeys(NAMES, 4))
+    draw_folder(root / "data" / "train", dict.fromkeys(NAMES, 4))
+    export_emotion.main(["--checkpoint", str(root / "model.pth"), "--output-dir", str(root)])
+    return root
+
+
+def test_every_format_is_written_and_compared(run, tmp_path):
+    write_checkpoint(tmp_path / "model.pth", names=NAMES)
+    code, out, err = run(export_emotion, "--checkpoint", tmp_path / "model.pth", "--output-dir", tmp_path / "new")
+    assert (code, err) == (0, "")
+    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == sorted([*FILES, "config.json"])
+    lines = out.splitlines()
+    assert [line.partition(":")[0] for line in lines[:4]] == FILES
+    for line in lines[:4]:
+        assert line.endswith("over 256 pictures")
+        assert float(line.partition("probability ")[2].split()[0]) <= 1e-4
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_exported_file_is_used_like_a_checkpoint(run, folder, file, tmp_path):
+    model, names = load_model(folder / "model.pth")
+    exported, exported_names = load_model(folder / file, trust=True)
+    pictures = [draw_picture(seed) for seed in range(5)]
+    assert names == exported_names
+    for expected, found in zip(predict_images(model, pictures, names), predict_images(exported, pictures, names),
+                               strict=True):  # fmt: skip
+        assert expected[0] == found[0]
+        assert found[2] == pytest.approx(expected[2], abs=0.01)
+    assert predict_image(exported, pictures[0], names)[1] == pytest.approx(predict_image(model, pictures[0], names)[1],
+                                                                           abs=0.01)  # fmt: skip
+    trust = ["--trust"] if file.endswith((".pt", ".pt2")) else []
+    rows = []
+    for name, more in (("model.pth", []), (file, trust)):
+        words = ("--checkpoint", folder / name, *more)
+        code, _, err = run(predict_emotion, folder / "data", "--output", tmp_path / "p.json", *words)
+        assert code == 0, err
+        rows.append(json.loads((tmp_path / "p.json").read_text()))
+        code, out, err = run(evaluate_emotion, "--data-dir", folder / "data", "--tta", *words)
+        assert code == 0 and "12 pictures" in out, err
+        rows[-1].append({"report": out})
+        code, out, err = run(predict_emotion, "--info", *words)
+        assert code == 0 and "cnn4_bn" in out and "temperature 1.7" in out, err
+    *expected, report = rows[0]
+    *found, same_report = rows[1]
+    assert report == same_report
+    assert [row["emotion"] for row in expected] == [row["emotion"] for row in found]
+    assert [row["happy"] for row in found] == pytest.approx([row["happy"] for row in expected], abs=0.01)
+
+
+BARE = {
+    "onnx": """
+        import onnxruntime
+        session = onnxruntime.InferenceSession("emotion_model.onnx")
+        info = json.loads(session.get_modelmeta().custom_metadata_map["emotion.json"])
+        run = lambda images: session.run(["probs"], {"images": images})[0]
+    """,
+    "torchscript": """
+        import torch
+        files = {"emotion.json": ""}
+        program = torch.jit.load("emotion_model.pt", _extra_files=files)
+        info = json.loads(files["emotion.json"])
+        run = lambda images: program(torch.from_numpy(images)).numpy()
+    """,
+    "torch_export": """
+        import torch
+        files = {"emotion.json": ""}
+        program = torch.export.load("emotion_model.pt2", extra_files=files).module()
+        info = json.loads(files["emotion.json"])
+        run = lambda images: program(torch.from_numpy(images)).numpy()
+    """,
+}
+
+
+@pytest.mark.parametrize("name", BARE)
+def test_exported_file_runs_without_this_project(folder, name):
+    """Pictures as raw uint8 in, probabilities out, for one, two and seven at a time."""
+    model, _ = load_model(folder / "model.pth")
+    images = np.stack([read_image(draw_picture(seed), model.input_spec) for seed in range(7)])
+    np.save(folder / "images.npy", images)
+    code = "import json, numpy, sys\n" + textwrap.dedent(BARE[name]) + textwrap.dedent("""
+        try:
+            import models
+        except ImportError:
+            images = numpy.load("images.npy")
+            probs = [run(images[:count]).tolist() for count in (1, 2, 7)]
+            print(json.dumps([info, probs]))
+    """)
+    done = subprocess.run([sys.executable, "-I", "-W", "ignore", "-c", code], cwd=folder, capture_output=True,
+                          text=True, timeout=300)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    info, probs = json.loads(done.stdout)
+    expected = torch.softmax(model((torch.from_numpy(images).float() / 255 - 0.5) / 0.5) / 1.7, 1).detach().numpy()
+    for count, found in zip((1, 2, 7), probs, strict=True):
+        assert np.abs(np.array(found) - expected[:count]).max() < 1e-4
+    assert info["class_names"] == NAMES and info["arch"] == "cnn4_bn" and info["temperature"] == 1.7
+    assert info["input_spec"] == model.input_spec.to_dict() and info["format_version"] == 1
+
+
+@pytest.mark.parametrize("arch", ["cnn6_rgb", "seresnet13", "mobilenet_v2"])
+def test_other_networks(run, tmp_path, arch):
+    """Three channels trained on gray pictures, blocks with gates, a torchvision backbone."""
+    size = 64 if arch == "mobilenet_v2" else None
+    write_checkpoint(tmp_path / "model.pth", arch=arch, names=NAMES, gray=arch != "seresnet13", image_size=size)
+    words = ("--checkpoint", tmp_path / "model.pth", "--output-dir", tmp_path, "--formats", "onnx,torchscript")
+    code, out, err = run(export_emotion, *words)
+    assert code == 0, err
+    model, names = load_model(tmp_path / "model.pth")
+    exported, _ = load_model(tmp_path / "emotion_model.onnx")
+    for picture in (PORTRAIT, draw_picture(1, mode="RGB")):
+        expected, found = (predict_image(one, picture, names)[2] for one in (model, exported))
+        assert found == pytest.approx(expected, abs=0.01)
+
+
+def test_pictures_of_the_user_are_compared(run, folder, tmp_path):
+    words = ("--checkpoint", folder / "model.pth", "--output-dir", tmp_path, "--formats", "torchscript")
+    code, out, err = run(export_emotion, *words, "--data-dir", folder / "data")
+    assert code == 0 and "256 pictures" in out, err
+
+
+def test_different_answers_leave_no_file(run, folder, tmp_path, monkeypatch):
+    """A file whose network was changed on the way is not kept, and an earlier one stays."""
+
+    def write_wrong(deployed, info, path):
+        with torch.no_grad():
+            deployed.temperature = 2.5
+            exporting.write_torchscript(deployed, info, path)
+
+    monkeypatch.setitem(FORMATS, "torchscript", ("emotion_model.pt", (), write_wrong))
+    (tmp_path / "emotion_model.pt").write_bytes(b"earlier")
+    words = ("--checkpoint", folder / "model.pth", "--output-dir", tmp_path, "--formats", "torchscript")
+    code, _, err = run(export_emotion, *words)
+    assert code == 2 and err.count("\n") == 1 and "answers differently" in err
+    assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("emotion_model.pt", b"earlier")]
+
+
+def test_a_missing_package_is_named(run, folder, tmp_path, monkeypatch):
+    monkeypatch.setitem(FORMATS, "onnx", ("emotion_model.onnx", ("no_such_package",), exporting.write_onnx))
+    words = ("--checkpoint", folder / "model.pth", "--output-dir", tmp_path)
+    code, out, err = run(export_emotion, *words, "--formats", "onnx")
+    assert code == 2 and "pip install no_such_package" in err
+    monkeypatch.setitem(FORMATS, "torch_export", ("emotion_model.pt2", ("none_such",), exporting.write_torch_export))
+    code, out, err = run(export_emotion, *words)
+    assert code == 0 and "onnx is left out: pip install no_such_package" in out, err
+    files = {path.name for path in tmp_path.iterdir()}
+    assert files == {"emotion_model.pt", "emotion_model.safetensors", "config.json"}
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["--formats", "tflite"], ["--formats", "tflite"]),
+        (["--int8"], ["--data-dir"]),
+        (["--int8", "--data-dir", "nowhere", "--formats", "torchscript"], ["onnx"]),
+        (["--data-dir", "nowhere"], ["nowhere"]),
+        (["--int8", "--data-dir", ".", "--max-drop", "-1"], ["--max-drop"]),
+        (["--checkpoint", "emotion_model.onnx"], ["emotion_model.onnx", "exported"]),
+        (["--checkpoint", "missing.pth"], ["missing.pth"]),
+    ],
+)
+def test_mistakes_are_one_line(run, folder, tmp_path, monkeypatch, args, words):
+    monkeypatch.chdir(folder)
+    code, _, err = run(export_emotion, "--checkpoint", "model.pth", "--output-dir", tmp_path / "out", *args)
+    assert code == 2 and err.count("\n") == 1 and all(word in err for word in words), err
+    assert not list(tmp_path.glob("out/*"))
+
+
+@pytest.mark.parametrize("file", ["emotion_model.pt", "emotion_model.pt2"])
+def test_files_that_carry_code_need_trust(run, folder, file):
+    code, _, err = run(predict_emotion, PORTRAIT, "--checkpoint", folder / file)
+    assert code == 2 and err.count("\n") == 1 and "--trust" in err
+    with pytest.raises(ValueError, match="trust=True"):
+        load_model(folder / file)
+
+
+@pytest.mark.parametrize("file", FILES)
+@pytest.mark.parametrize("damage", ["cut", "empty", "text", "missing"])
+def test_damaged_files_are_one_line(run, folder, tmp_path, file, damage):
+    target = tmp_path / file
+    content = (folder / file).read_bytes()
+    (tmp_path / "config.json").write_text((folder / "config.json").read_text())
+    if damage != "missing":
+        target.write_bytes({"cut": content[: len(content) // 2], "empty": b"", "text": b"<html>"}[damage])
+    code, _, err = run(predict_emotion, PORTRAIT, "--trust", "--checkpoint", target)
+    assert code == 2 and err.count("\n") == 1 and file in err, err
+
+
+def test_foreign_and_half_files(run, folder, tmp_path):
+    class Scale(torch.nn.Module):
+        def forward(self, images):
+            return images * 2
+
+    torch.jit.save(torch.jit.trace(Scale(), torch.ones(1)), tmp_path / "foreign.pt")
+    code, _, err = run(predict_emotion, PORTRAIT, "--trust", "--checkpoint", tmp_path / "foreign.pt")
+    assert code == 2 and "foreign.pt" in err and "export_emotion.py" in err
+    (tmp_path / "lone.safetensors").write_bytes((folder / "emotion_model.safetensors").read_bytes())
+    code, _, err = run(predict_emotion, PORTRAIT, "--checkpoint", tmp_path / "lone.safetensors")
+    assert code == 2 and err.count("\n") == 1 and "config.json" in err
+
+
+def test_a_checkpoint_may_be_called_pt(folder, tmp_path):
+    (tmp_path / "best.pt").write_bytes((folder / "model.pth").read_bytes())
+    assert load_model(tmp_path / "best.pt")[1] == NAMES
+
+
+def test_device_of_an_exported_file(run, folder):
+    code, _, err = run(predict_emotion, PORTRAIT, "--checkpoint", folder / "emotion_model.onnx", "--device", "cuda")
+    assert code == 2 and "--device cuda" in err
+
+
+def test_int8_is_smaller_and_measured(run, tmp_path):
+    """The network that comes along on the drawings; and calibrated on black pictures, which ruins it."""
+    words = ("--checkpoint", REPO / "weights" / "emotion_model.pth", "--formats", "onnx", "--int8")
+    code, out, err = run(export_emotion, *words, "--data-dir", REPO, "--output-dir", tmp_path, "--max-drop", 5)
+    assert code == 0, err
+    sizes = {path.name: path.stat().st_size for path in tmp_path.iterdir()}
+    assert set(sizes) == {"emotion_model.onnx", "emotion_model.int8.onnx"}
+    assert sizes["emotion_model.int8.onnx"] < sizes["emotion_model.onnx"] / 3
+    lines = [line for line in out.splitlines() if "accuracy" in line]
+    original, whole = (float(line.partition("accuracy ")[2].partition("%")[0]) for line in lines)
+    assert original > 25 and abs(original - whole) <= 5
+    quantised, names = load_model(tmp_path / "emotion_model.int8.onnx")
+    assert predict_image(quantised, PORTRAIT, names)[0] in names
+
+    from PIL import Image
+
+    for split in ("train", "test"):
+        for name in names:
+            (tmp_path / "data" / split / name).mkdir(parents=True)
+            for number, source in enumerate(sorted((REPO / "test" / name).iterdir())[:12]):
+                picture = Image.open(source) if split == "test" else Image.new("L", (48, 48), number % 3)
+                picture.save(tmp_path / "data" / split / name / f"{number}.png")
+    before = sorted(path.name for path in tmp_path.iterdir())
+    code, out, err = run(export_emotion, *words, "--data-dir", tmp_path / "data", "--output-dir", tmp_path)
+    assert code == 2 and err.count("\n") == 1 and "--max-drop" in err, (out, err)
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+def test_torch_hub(tmp_path):
+    code = f"""
+        import torch
+        model = torch.hub.load({str(REPO)!r}, "emotion_model", source="local", device="cpu")
+        print(model.arch, len(model.class_names), model.training)
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], cwd=tmp_path, capture_output=True, text=True,
+                          timeout=300)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["seresnet13", "7", "False"]
