@@ -85,7 +85,8 @@ def allowed(name):
 def test_every_file_is_in_the_table():
     assert set(FILES) <= set(SCRIPTS) | set(MODULES)
     assert {"models", "checkpoints", "decoding", "data", "augment", "splits", "engine", "training_run", "reports",
-            "drawing", "evaluate_emotion", "predict_emotion", "prepare_data", "train_emotion_cnn", "export_emotion", "hubconf"} <= set(FILES)
+            "drawing", "evaluate_emotion", "predict_emotion", "prepare_data", "train_emotion_cnn", "export_emotion",
+            "hubconf"} <= set(FILES)
 
 
 @pytest.mark.parametrize("name", FILES)
