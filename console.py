@@ -4,6 +4,7 @@ import argparse
 import os
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,6 +22,8 @@ def run_script(main: Callable[[], int | None]) -> None:
     try:
         sys.exit(main())
     except InputError as error:
+        if int(os.environ.get("RANK", 0)) > 0:  # of torchrun: the first process says what is wrong with all of them
+            time.sleep(3)
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

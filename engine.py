@@ -7,6 +7,7 @@ a function `prepare` turns images into what the network eats.
 import contextlib
 import copy
 import ctypes
+import itertools
 import math
 import os
 import random
@@ -19,6 +20,7 @@ from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from distributed import ALONE, Group
 from models import InputError
 
 OPTIMIZERS = ("adam", "adamw", "sgd")
@@ -166,7 +168,7 @@ class TrainStep:
     over the batch, weighted by `class_weights` (num_classes,), divided by the number of pictures. `grad_accum`
     splits a batch into that many passes whose gradients add up: the same step in less memory. `mixup` blends each
     picture and its label with another's, by a share for the batch from Beta(mixup, mixup): Zhang et al. 2018,
-    arXiv:1710.09412.
+    arXiv:1710.09412. In a `group` of processes the batch is shared among them, and their gradients add up.
     """
 
     def __init__(
@@ -183,7 +185,9 @@ class TrainStep:
         grad_accum: int = 1,
         clip_grad: float = 0.0,
         ema: Ema | None = None,
+        group: Group = ALONE,
     ):
+        self.group, self.network = group, group.wrap(model)
         self.model, self.optimizer, self.prepare, self.precision = model, optimizer, prepare, precision
         self.scheduler, self.ema = scheduler, ema
         self.class_weights, self.label_smoothing, self.mixup = class_weights, label_smoothing, mixup
@@ -191,20 +195,27 @@ class TrainStep:
         self.device = next(model.parameters()).device
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == torch.float16)
 
-    def __call__(self, images: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns (loss summed over the batch, number of right predictions), still on the device."""
+    def __call__(
+        self, images: torch.Tensor, labels: torch.Tensor, count: int | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns (loss summed over the batch, number of right predictions), still on the device.
+
+        `count` is the number of pictures in the batch of all processes, where these are a part of it.
+        """
         inputs, others, share = self._mix(self.prepare(images), labels)
         inputs = inputs.contiguous(memory_format=memory_format(self.device))
         passes = max(1, min(self.grad_accum, len(labels) // 2))  # batch-norm needs two pictures a pass
         loss_sum, correct = 0.0, 0
         parts = (tensor.tensor_split(passes) for tensor in (inputs, labels, others))
-        for part, target, other in zip(*parts, strict=True):
-            with autocast(self.device, self.precision):
-                logits = self.model(part)
-            loss = self._loss(logits, target)
-            if share < 1:
-                loss = share * loss + (1 - share) * self._loss(logits, other)
-            self.scaler.scale(loss / len(labels)).backward()
+        for number, (part, target, other) in enumerate(zip(*parts, strict=True), 1):
+            is_shared = number == passes or self.group.size == 1  # gradients are exchanged once a step
+            with contextlib.nullcontext() if is_shared else self.network.no_sync():
+                with autocast(self.device, self.precision):
+                    logits = self.network(part)
+                loss = self._loss(logits, target)
+                if share < 1:
+                    loss = share * loss + (1 - share) * self._loss(logits, other)
+                self.scaler.scale(loss * (self.group.size / (count or len(labels)))).backward()
             loss_sum = loss_sum + loss.detach()
             correct = correct + (logits.detach().argmax(1) == target).sum()
         if self.clip_grad:
@@ -237,29 +248,42 @@ class TrainStep:
 
 
 def train_one_epoch(
-    step: TrainStep, batches: Iterable[tuple[torch.Tensor, torch.Tensor]], *, total: int, title: str = ""
+    step: TrainStep,
+    batches: Iterable[tuple[torch.Tensor, torch.Tensor]],
+    *,
+    total: int,
+    counts: Iterable[int | None] = itertools.repeat(None),
+    title: str = "",
 ) -> dict[str, float]:
     """One epoch over `batches` of `total` pictures. Returns loss and acc per picture, and images_per_s.
 
-    The network must be in training mode. Raises FloatingPointError where the loss is no finite number any more.
+    In a group, `batches` are this process's parts of those that all processes share, which have `counts` pictures;
+    `total` and what is returned are of all together. The network must be in training mode. Raises FloatingPointError
+    where the loss is no finite number any more.
     """
     loss_sum, correct, count, shown = 0.0, 0, 0, 0.0
     start = time.perf_counter()
-    with tqdm(total=total, desc=title, unit="img", leave=False, disable=None) as bar:
-        for number, (images, labels) in enumerate(batches):
-            loss, right = step(images, labels)
+    with tqdm(total=total, desc=title, unit="img", leave=False, disable=None if step.group.is_main else True) as bar:
+        for number, ((images, labels), whole) in enumerate(zip(batches, counts, strict=False), 1):
+            loss, right = step(images, labels, whole)
             loss_sum, correct, count = loss_sum + loss, correct + right, count + len(labels)
             now = time.perf_counter()
-            if now - shown > 0.5 or count == total:  # reading a sum waits for the device, so only now and then
+            if now - shown > 0.5:  # reading a sum waits for the device, so only now and then
                 shown = now
-                mean = float(loss_sum) / count
-                if not math.isfinite(mean):
-                    lr = step.optimizer.param_groups[0]["lr"]
-                    raise FloatingPointError(f"the loss became {mean} by step {number + 1} at learning rate {lr:g}")
-                bar.update(count - bar.n)
+                mean = _check_finite(float(loss_sum) / count, step, number)
+                bar.update(min(total, count * step.group.size) - bar.n)
                 bar.set_postfix(loss=f"{mean:.4f}", acc=f"{100 * int(correct) / count:.1f}%", refresh=False)
+        sums = step.group.sum([float(loss_sum), int(correct), count], step.device)
+        _check_finite(sums[0], step, number)
     seconds = time.perf_counter() - start
-    return {"loss": mean, "acc": int(correct) / count, "images_per_s": count / seconds}
+    return {"loss": sums[0] / sums[2], "acc": sums[1] / sums[2], "images_per_s": sums[2] / seconds}
+
+
+def _check_finite(loss: float, step: TrainStep, number: int) -> float:
+    if not math.isfinite(loss):
+        lr = step.optimizer.param_groups[0]["lr"]
+        raise FloatingPointError(f"the loss became {loss} by step {number} at learning rate {lr:g}")
+    return loss
 
 
 @torch.inference_mode()

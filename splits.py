@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from data import SAMPLE_SET, FolderImages, is_sample_set
+from distributed import ALONE, Group
 from models import InputError, InputSpec, printable
 
 
@@ -75,19 +76,23 @@ class Batches:
     def __len__(self) -> int:
         return len(self._rows)
 
-    def bounds(self, batch_size: int) -> list[tuple[int, int]]:
-        """(start, stop) of the batches of one epoch."""
-        return batch_bounds(len(self), batch_size)
+    def bounds(self, batch_size: int, group: Group = ALONE) -> list[tuple[int, int]]:
+        """(start, stop) of the batches of one epoch, of all processes together; each gets two pictures or more."""
+        return batch_bounds(len(self), batch_size, 2 * group.size)
 
     def class_counts(self, num_classes: int) -> list[int]:
         counts = Counter(self.labels.tolist())
         return [counts[label] for label in range(num_classes)]
 
-    def iterate(self, batch_size: int, order: torch.Tensor | None = None):
-        """Yields batches in the order given (int64, positions in this object), or one after the other."""
+    def iterate(self, batch_size: int, order: torch.Tensor | None = None, group: Group = ALONE):
+        """Yields batches in the order given (int64, positions in this object), or one after the other.
+
+        Of each batch it is this process's share, where there are more in the group.
+        """
         order = torch.arange(len(self)) if order is None else order
         rows, order = order.numpy(), order.to(self.device)
-        for start, stop in batch_bounds(len(order), batch_size):
+        for start, stop in batch_bounds(len(order), batch_size, 2 * group.size):
+            start, stop = group.share(start, stop)
             if self._resident is None:
                 images = torch.from_numpy(self._images[self._rows[rows[start:stop]]]).to(self.device)
             else:

@@ -22,6 +22,7 @@ import reports
 from augment import parse_augment
 from checkpoints import BEST_NAME, FINAL_NAME, build_model, read_checkpoint, replace_file, save_checkpoint
 from console import ArgumentParser, make_output_dir, run_script
+from distributed import Group, is_loss_of_others, join, leave, wait_for_the_dead
 from engine import OPTIMIZERS, PRECISIONS, SCHEDULES, fit_temperature, memory_format, pick_device, to_log_probs
 from models import InputError, count_parameters, get_arch, input_spec_for, list_archs, printable
 from splits import load_splits
@@ -249,18 +250,18 @@ def format_row(row: dict, run: Run) -> str:
     )
 
 
-def train(run: Run, writer) -> None:
+def train(run: Run, writer, say) -> None:
     while not run.is_finished:
         row = run.train_epoch()
-        print(format_row(row, run), flush=True)
+        say(format_row(row, run), flush=True)
         if writer:
             log_scalars(writer, row)
 
 
-def say_how_to_resume(run: Run) -> None:
+def say_how_to_resume(run: Run, why: str = "stopped") -> None:
     command = f'python train_emotion_cnn.py --resume "{printable(run.output_dir / FINAL_NAME)}"'
     hint = f"go on with: {command}" if run.saved_epoch else "no epoch had ended, so there is nothing to resume"
-    print(f"\nstopped; {hint}", file=sys.stderr)
+    print(f"\n{why}; {hint}", file=sys.stderr)
 
 
 def describe(run: Run) -> str:
@@ -275,31 +276,52 @@ def describe(run: Run) -> str:
         f"{run.model.arch}: {count_parameters(run.model):,} parameters, "
         f"{str(run.step.precision).removeprefix('torch.')} on {run.device}, {torch.get_num_threads()} CPU threads",
     ]
+    if run.group.size > 1:
+        lines[-1] += f", {run.group.size} processes"
     return "\n".join(lines)
+
+
+def run_training(settings: dict, resumed: dict | None, group: Group, device: torch.device) -> None:
+    spec = input_spec_for(settings["arch"], settings["image_size"])
+    options = {name: settings[name] for name in ("val_fraction", "seed", "cache_dir", "strict")}
+    with group.one_first():  # which fills the cache for the others
+        splits = load_splits(settings["data_dir"], spec, device, **options)
+    run = Run(settings, to_config(settings), splits, device, is_resumed=resumed is not None, group=group)
+    say = print if group.is_main else lambda *_, **__: None
+    say(describe(run), flush=True)
+    if resumed:
+        run.restore(resumed, resume_path(settings))
+        say("this run is finished; its reports follow" if run.is_finished else f"resumed after epoch {run.epoch}")
+    writer = make_writer(settings["tensorboard"]) if group.is_main else None
+    try:
+        train(run, writer, say)
+        if group.is_main:
+            report(run)
+    except KeyboardInterrupt:
+        if group.is_main:
+            say_how_to_resume(run)
+        raise
+    except BaseException as error:
+        if group.size == 1 or not is_loss_of_others(error):
+            raise
+        wait_for_the_dead()
+        if group.is_lowest_alive():
+            say_how_to_resume(run, "another process of this run has ended")
+        sys.exit(1)
+    finally:
+        if writer:
+            writer.close()
 
 
 def main(argv: list[str] | None = None) -> None:
     settings, resumed = settle(vars(get_args_parser().parse_args(argv)))
-    device = pick_device(settings["device"])
-    make_output_dir(settings["output_dir"])
-    spec = input_spec_for(settings["arch"], settings["image_size"])
-    options = {name: settings[name] for name in ("val_fraction", "seed", "cache_dir", "strict")}
-    splits = load_splits(settings["data_dir"], spec, device, **options)
-    run = Run(settings, to_config(settings), splits, device, is_resumed=resumed is not None)
-    print(describe(run), flush=True)
-    if resumed:
-        run.restore(resumed, resume_path(settings))
-        print("this run is finished; its reports follow" if run.is_finished else f"resumed after epoch {run.epoch}")
-    writer = make_writer(settings["tensorboard"])
+    group, device = join(pick_device(settings["device"]))
     try:
-        train(run, writer)
-        report(run)
-    except KeyboardInterrupt:
-        say_how_to_resume(run)
-        raise
+        if group.is_main:
+            make_output_dir(settings["output_dir"])
+        run_training(settings, resumed, group, device)
     finally:
-        if writer:
-            writer.close()
+        leave()
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from checkpoints import (
     save_checkpoint,
 )
 from decoding import to_input
+from distributed import ALONE, Group
 from engine import (
     Ema,
     TrainStep,
@@ -68,11 +69,28 @@ def to_deployed(config: dict) -> dict:
 class Run:
     """All that changes while training. `settings` are train_emotion_cnn.py's flags, `config` what is saved of them.
 
-    Making one builds the network, with its starting weights unless `is_resumed`; `notes` says what they were.
+    Making one builds the network, with its starting weights unless `is_resumed`; `notes` says what they were. In a
+    `group` of processes every one makes the same run of its own, and rank 0 alone writes.
     """
 
-    def __init__(self, settings: dict, config: dict, splits: Splits, device: torch.device, *, is_resumed: bool):
+    def __init__(
+        self,
+        settings: dict,
+        config: dict,
+        splits: Splits,
+        device: torch.device,
+        *,
+        is_resumed: bool,
+        group: Group = ALONE,
+    ):
         self.settings, self.config, self.splits, self.device, self.notes = settings, config, splits, device, []
+        self.group = group
+        if settings["batch_size"] < 2 * group.size or len(splits.train) < 2 * group.size:
+            raise InputError(
+                f"--batch-size {settings['batch_size']} of {len(splits.train)} pictures to train on is too few for "
+                f"{group.size} processes: each needs two a step"
+            )
+        group.check_same((splits.split_hash, splits.class_names), "pictures to train on")
         torch.backends.cudnn.benchmark = True  # tries which convolutions are fastest; every batch has the same shape
         self.output_dir, self.is_resumed = Path(settings["output_dir"]), is_resumed
         self.model = self._make_model()
@@ -104,7 +122,7 @@ class Run:
         optimizer = make_optimizer(
             settings["optimizer"], self.model, lr=settings["lr"], weight_decay=settings["weight_decay"]
         )
-        total_steps = settings["epochs"] * len(splits.train.bounds(settings["batch_size"]))
+        total_steps = settings["epochs"] * len(splits.train.bounds(settings["batch_size"]))  # at most, in a group
         counts = splits.train.class_counts(len(splits.class_names))
         self.class_weights = make_class_weights(settings["class_weights"], counts)
         strengths = parse_augment(settings["augment"])
@@ -120,6 +138,7 @@ class Run:
             grad_accum=settings["grad_accum"],
             clip_grad=settings["clip_grad"],
             ema=Ema(self.model, settings["ema"]) if settings["ema"] else None,
+            group=self.group,
         )
 
     @property
@@ -145,7 +164,7 @@ class Run:
             raise InputError(
                 f"epoch {number}: {error}; try a lower --lr or --clip-grad 1 (checkpoints of earlier epochs stay)"
             ) from None
-        logits, labels = self.measure(self.validated_model, self.splits.val)
+        logits, labels = self.measure(self.validated_model, self.splits.val, self.group)
         val_loss, val_acc = loss_and_accuracy(to_log_probs(logits), labels)
         if self.settings["schedule"] == "plateau":
             self.step.scheduler.step(val_loss)
@@ -158,23 +177,41 @@ class Run:
         self.since_best = 0 if is_best else self.since_best + 1
         if is_best:
             self.best = {"val_acc": val_acc, "val_loss": val_loss, "epoch": number}
-        self.save(is_best)
+        if self.group.is_main:
+            self.save(is_best)
+        self.saved_epoch = number
         return row
 
     def _train(self, number: int) -> dict:
-        settings, train = self.settings, self.splits.train
-        torch.manual_seed(seed_for("dropout", settings["seed"], number))
-        self.generator.manual_seed(seed_for("augmentation", settings["seed"], number))
+        settings, train, group = self.settings, self.splits.train, self.group
+        torch.manual_seed(seed_for("dropout", settings["seed"], number, group.rank))
+        self.generator.manual_seed(seed_for("augmentation", settings["seed"], number, group.rank))
         generator = torch.Generator().manual_seed(seed_for("order", settings["seed"], number))
         order = draw_order(train.labels, balanced=settings["sampler"] == "balanced", generator=generator)
         train_mode(self.model)
-        batches = train.iterate(settings["batch_size"], order)
-        return train_one_epoch(self.step, batches, total=len(order), title=f"epoch {number}/{settings['epochs']}")
+        counts = [stop - start for start, stop in train.bounds(settings["batch_size"], group)]
+        batches = train.iterate(settings["batch_size"], order, group)
+        title = f"epoch {number}/{settings['epochs']}"
+        done = train_one_epoch(self.step, batches, total=len(order), counts=counts, title=title)
+        group.average_statistics(self.model, *filter(None, [self.step.ema and self.step.ema.model]))
+        return done
 
-    def measure(self, model: nn.Module, batches: Batches) -> tuple[torch.Tensor, torch.Tensor]:
-        """Logits (1, N, num_classes) and labels (N,), in float32 and without augmentation."""
-        batches = batches.iterate(max(1, self.settings["batch_size"] // self.settings["grad_accum"]))
-        return evaluate(model, batches, lambda images: to_input(images, self.splits.spec))
+    def measure(
+        self, model: nn.Module, batches: Batches, group: Group = ALONE
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits (1, N, num_classes) and labels (N,), in float32 and without augmentation.
+
+        In a group each process takes a part, and every one gets the whole; a part may be empty only of fewer
+        pictures than processes, which each then measures itself.
+        """
+        if len(batches) < group.size:
+            group = ALONE
+        size = max(1, self.settings["batch_size"] // (self.settings["grad_accum"] * group.size))
+        own = torch.arange(*group.share(0, len(batches)))
+        parts = group.gather(
+            evaluate(model, batches.iterate(size, own), lambda images: to_input(images, self.splits.spec))
+        )
+        return torch.cat([logits for logits, _ in parts], 1), torch.cat([labels for _, labels in parts])
 
     def save(self, is_best: bool) -> None:
         """Writes the best checkpoint where this epoch is it, then the final one, then the history as CSV."""
@@ -207,7 +244,6 @@ class Run:
             "split_hash": self.splits.split_hash,
         }
         save_checkpoint(checkpoint, self.output_dir / FINAL_NAME)
-        self.saved_epoch = self.epoch
         with contextlib.suppress(InputError):  # Excel locks what it shows; the next epoch and the report write it again
             replace_file(self.output_dir / HISTORY_NAME, lambda path: write_history(self.history, path))
 
@@ -245,6 +281,8 @@ class Run:
                 part.load_state_dict(checkpoint[name])
         self.epoch, self.history, self.best = checkpoint["epoch"], checkpoint["history"], checkpoint["best_metric"]
         self.saved_epoch, self.since_best = self.epoch, checkpoint["early_stopping"]["since_best"]
+        if not self.group.is_main:
+            return
         if best.parent.resolve() != self.output_dir.resolve():
             self._keep_previous_best()
             copy_file(best, self.output_dir / BEST_NAME)
