@@ -167,3 +167,21 @@ def test_a_missing_folder_is_one_line(name, tmp_path):
     done = run(name, "--data-dir", tmp_path / "nothing")
     assert done.returncode == 2
     assert "Traceback" not in done.stderr and "nothing" in done.stderr.splitlines()[-1]
+
+
+def test_scaling():
+    words = ("--arch", "cnn4_bn", "--batch-size", 16, "--steps", 2, "--step-ms", 8, "--bandwidth", 10)
+    done = run("scaling", *words)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    one, two = (cells_of(line) for line in lines[4:6])
+    assert one[0] == "1" and two[0] == "2" and float(one[2].replace(",", "")) > 0 and two[4] == "6.3 MB"
+    assert lines[7].startswith("ESTIMATE, not measured: 8 ms a step of 16 pictures")
+    first = cells_of(lines[10])  # 8 GPUs: 8 / 8 + 1 ms, and 2 * 7 / 8 of 6.29 MB at 10 GB/s
+    assert first[:3] == ["8", "16", "3.10 ms"]
+    assert "it stops paying beyond 4 GPUs" in done.stdout and "--batch-size 2048 --lr 0.008" in done.stdout
+
+
+def test_scaling_mistakes():
+    done = run("scaling", "--bandwidth", 0)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "--bandwidth" in done.stderr

@@ -1,0 +1,109 @@
+"""Trains on Modal's GPUs with the same script: pictures and results on a volume there, the results brought back.
+
+    pip install modal && modal setup                        # once; needs an account
+    modal run -m examples.train_on_modal --data-dir fer2013 --epochs 30 --output-dir outputs
+    EMOTION_GPU=H100:4 modal run -m examples.train_on_modal --data-dir fer2013          # four GPUs, by torchrun
+
+All flags but --data-dir, --output-dir and --run go to train_emotion_cnn.py as they are. Pictures are uploaded once, and
+again where they have changed. A container that is taken away starts again and resumes; so does `--run NAME` with the
+name that an earlier call printed. `modal volume delete facial-emotions` removes what is kept there.
+"""
+
+import os
+import posixpath
+import subprocess
+import sys
+from datetime import datetime
+from pathlib import Path
+
+import modal
+
+from checkpoints import FINAL_NAME, replace_file
+from console import ArgumentParser, make_output_dir
+from models import InputError
+
+NAME = "facial-emotions"
+GPU = os.environ.get("EMOTION_GPU", "T4")  # or L4, A10G, A100, H100, with :2 and so on for several
+REPO = Path(__file__).resolve().parent.parent  # /root in the container
+VOLUME_DIR = Path("/volume")
+
+app = modal.App(NAME)
+volume = modal.Volume.from_name(NAME, create_if_missing=True)
+image = (
+    modal.Image.debian_slim(python_version="3.12")
+    .pip_install_from_requirements(str(REPO / "requirements.txt"))
+    .add_local_dir(REPO, "/root", ignore=~modal.FilePatternMatcher("*.py"))  # the modules beside train_emotion_cnn.py
+)
+
+
+@app.function(image=image, gpu=GPU, volumes={str(VOLUME_DIR): volume}, timeout=24 * 3600)
+def train(data: str, run: str, gpus: int, flags: list[str]) -> int:
+    """Runs train_emotion_cnn.py on pictures data/`data` of the volume, into runs/`run` there; returns its exit code.
+
+    Resumes where an earlier container left off. What it prints is streamed, and every epoch is kept.
+    """
+    output_dir = VOLUME_DIR / "runs" / run
+    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={gpus}"] if gpus > 1 else ["-u"]
+    command = [sys.executable, *launch, str(REPO / "train_emotion_cnn.py"), *flags]
+    command += ["--data-dir", str(VOLUME_DIR / "data" / data), "--output-dir", str(output_dir)]
+    if (output_dir / FINAL_NAME).exists():
+        command.append("--resume")
+    output = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    for line in output.stdout:
+        print(line, end="", flush=True)
+        if line.startswith("epoch ") and not modal.is_local():
+            volume.commit()
+    return output.wait()
+
+
+def upload(folder: Path, target: str) -> int:
+    """Brings the files of `folder` that `target` on the volume lacks, or has in another size; returns their number."""
+    try:
+        there = {entry.path.strip("/"): entry.size for entry in volume.listdir(target, recursive=True)}
+    except (FileNotFoundError, modal.exception.NotFoundError):
+        there = {}
+    paths = [Path(root, name) for root, _, names in os.walk(folder) for name in names]
+    paths = [path for path in paths if path.is_file()]
+    here = {posixpath.join(target, path.relative_to(folder).as_posix()): path for path in paths}
+    new = {name: path for name, path in here.items() if there.get(name) != path.stat().st_size}
+    if new:
+        with volume.batch_upload(force=True) as batch:
+            for name, path in new.items():
+                batch.put_file(path, "/" + name)
+    return len(new)
+
+
+def download(source: str, folder: Path) -> list[str]:
+    """Brings the files of `source` on the volume into `folder`; returns their names."""
+    names = []
+    for entry in volume.iterdir(source, recursive=False):
+        if entry.type.name == "FILE":
+            names.append(posixpath.basename(entry.path))
+            content = b"".join(volume.read_file(entry.path))
+            replace_file(folder / names[-1], lambda temporary, content=content: temporary.write_bytes(content))
+    return names
+
+
+@app.local_entrypoint()
+def main(*arguments: str) -> None:
+    parser = ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--data-dir", metavar="DIR", default=".", help="holds train/ and, where there are, val/ and "
+                        "test/ (default: .)")  # fmt: skip
+    parser.add_argument("--output-dir", metavar="DIR", default=".", help="for the results, at the end (default: .)")
+    parser.add_argument("--run", metavar="NAME", help="go on with an earlier run (default: a new one)")
+    args, flags = parser.parse_known_args(arguments)
+    try:
+        parts = [name for name in ("train", "val", "test") if Path(args.data_dir, name).is_dir()]
+        if "train" not in parts:
+            raise InputError(f"no folder {Path(args.data_dir, 'train')}: --data-dir must hold train/")
+        output_dir = make_output_dir(args.output_dir)
+        data, run = Path(args.data_dir).resolve().name, args.run or datetime.now().strftime("%Y%m%d-%H%M%S")
+        count = sum(upload(Path(args.data_dir, part), f"data/{data}/{part}") for part in parts)
+        print(f"{count:,} pictures uploaded; run {run} on {GPU}")
+        code = train.remote(data, run, int(GPU.partition(":")[2] or 1), flags)
+        if code == 0:
+            print(f"In {output_dir.resolve()}: {', '.join(download(f'runs/{run}', output_dir))}")
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        code = 2
+    sys.exit(code)
