@@ -152,6 +152,66 @@ def test_unreadable_pictures_raise(tmp_path):
         find_faces(tmp_path / "broken.jpg")
 
 
+def write_yunet(path):
+    """A file with YuNet's inputs and outputs whose "faces" are red cells of 32 pixels, boxed with 64 x 64."""
+    onnx = pytest.importorskip("onnx", reason="needs onnx to build a detector")
+    helper, nodes, weights, outputs = onnx.helper, [], [], []
+
+    def add(kind, inputs, output, **attributes):
+        nodes.append(helper.make_node(kind, inputs, [output], **attributes))
+
+    def convolve(name, weight, bias, stride):
+        for part, array in (("weight", weight), ("bias", bias)):
+            weights.append(onnx.numpy_helper.from_array(np.asarray(array, np.float32), f"{name}.{part}"))
+        inputs = ["input", f"{name}.weight", f"{name}.bias"]
+        add("Conv", inputs, f"{name}.cells", kernel_shape=[stride, stride], strides=[stride, stride])
+
+    for stride in (8, 16, 32):
+        red = np.zeros((1, 3, stride, stride))
+        red[0, 2] = (stride == 32) * 10 / (255 * stride**2)  # pictures come as BGR
+        red[0, :2] = -red[0, 2]
+        values = {"cls": (red, [-9.0 * (stride == 32)]), "obj": (red, [-9.0 * (stride == 32)])}
+        values["bbox"] = (np.zeros((4, 3, stride, stride)), [0.5, 0.5, np.log(2), np.log(2)])
+        values["kps"] = (np.zeros((10, 3, stride, stride)), np.zeros(10))
+        for kind, (weight, bias) in values.items():
+            name = f"{kind}_{stride}"
+            convolve(name, weight, bias, stride)
+            add("Clip" if kind in ("cls", "obj") else "Identity", [f"{name}.cells"], f"{name}.clipped")
+            add("Transpose", [f"{name}.clipped"], f"{name}.last", perm=[0, 2, 3, 1])
+            weights.append(onnx.numpy_helper.from_array(np.array([1, -1, len(weight)]), f"{name}.shape"))
+            add("Reshape", [f"{name}.last", f"{name}.shape"], name)
+            shape = [1, (640 // stride) ** 2, len(weight)]
+            outputs.append(helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shape))
+    image = helper.make_tensor_value_info("input", onnx.TensorProto.FLOAT, [1, 3, 640, 640])
+    graph = helper.make_graph(nodes, "yunet", [image], outputs, weights)
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 11)], ir_version=7), str(path))
+    return path
+
+
+def test_yunet(run, tmp_path):
+    """The way to YuNet and back: colours, sizes, boxes in pixels of the picture, scores, the row of the prediction."""
+    detector = write_yunet(tmp_path / "yunet.onnx")
+    picture = Image.new("RGB", (640, 480), "blue")
+    picture.paste("red", (160, 96, 192, 128))
+    (face,) = find_faces(picture, yunet=detector)
+    assert face.box == (144, 80, 64, 64) and face.detector == "yunet" and face.score == pytest.approx(1, abs=0.01)
+    assert find_faces(Image.new("RGB", (640, 480), "blue"), yunet=detector) == []
+    assert find_faces(picture, yunet=detector, min_size=100) == []
+    large = picture.resize((2560, 1920), Image.Resampling.NEAREST)  # searched at half its size
+    large.paste("blue", (0, 0, 2560, 1920))
+    large.paste("red", (640, 384, 704, 448))
+    (face,) = find_faces(large, yunet=detector)
+    assert face.box == (608, 352, 128, 128)
+    edge = Image.new("RGB", (600, 470), "blue")  # no multiple of 32
+    edge.paste("red", (0, 0, 32, 32))
+    (face,) = find_faces(edge, yunet=detector)
+    assert face.box == (0, 0, 48, 48)
+    picture.save(tmp_path / "red.png")
+    code, out, err = run(tmp_path / "red.png", "--yunet", detector, "--output", tmp_path / "p.csv")
+    (row,) = rows_of(tmp_path / "p.csv")
+    assert code == 0 and (row["face"], row["left"], row["top"], row["width"]) == ("1", "144", "80", "64"), err
+
+
 def test_a_file_that_is_no_yunet_is_refused(portrait, tmp_path):
     (tmp_path / "net.onnx").write_bytes(b"nothing")
     for path in (tmp_path / "net.onnx", tmp_path / "missing.onnx"):
