@@ -1,9 +1,10 @@
-"""Make a folder to train on: draw the sample set, or import FER2013 as people download it.
+"""Make a folder to train on: draw the sample set, import FER2013 as people download it, or see what is wrong in one.
 
     python prepare_data.py sample                                   # draws train/ and test/ into the current folder
     python prepare_data.py fer2013 archive.zip --output-dir FOLDER  # writes FOLDER/train/, FOLDER/val/, FOLDER/test/
     python prepare_data.py fer2013 fer2013.csv --output-dir FOLDER
     python prepare_data.py fer2013 --download --output-dir FOLDER   # fetches the archive with kagglehub
+    python prepare_data.py audit FOLDER                             # unreadable, blank, copied, mislabelled pictures
 
 The challenge's PublicTest half becomes val/, its PrivateTest half test/. The archive may also be its unpacked folder,
 fer2013.csv, icml_face_data.csv, a zip or tar.gz with one of those tables, or a folder with one of all these.
@@ -29,7 +30,8 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from console import ArgumentParser, run_script
+from checkpoints import replace_file
+from console import ArgumentParser, make_output_dir, run_script
 from data import EXTENSIONS
 from models import InputError, printable
 
@@ -271,9 +273,28 @@ def draw_sample(output_dir: Path, seed: int) -> None:
         print(f"{printable(folder)}: {len(list(folder.glob('*/*')))} pictures, {len(list(folder.iterdir()))} classes")
 
 
+def audit_folder(folder: Path, output_dir: Path) -> None:
+    """Prints what is wrong with the pictures in `folder`, and writes it to `output_dir`."""
+    import json
+
+    from audit import audit, draw_groups, format_audit
+
+    make_output_dir(output_dir)
+    found = audit(folder)
+    report = format_audit(found)
+    files = {
+        "audit.txt": lambda path: path.write_text(report, encoding="utf-8"),
+        "audit.json": lambda path: path.write_text(json.dumps(found, indent=1), encoding="utf-8"),
+        "audit.png": lambda path: draw_groups(found, path),
+    }
+    for name, write in files.items():
+        replace_file(output_dir / name, write)
+    print(f"{report}In {printable(output_dir.resolve())}: {', '.join(files)}")
+
+
 def get_args_parser() -> ArgumentParser:
     parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", metavar="{sample,fer2013}", required=True)
+    commands = parser.add_subparsers(dest="command", metavar="{sample,fer2013,audit}", required=True)
     sample = commands.add_parser("sample", help="draw train/ and test/")
     sample.add_argument("--output-dir", type=Path, default=".", help="folder for train/ and test/ (default: current)")
     sample.add_argument("--seed", type=int, default=0, help="same seed, same pictures (default: 0)")
@@ -281,6 +302,10 @@ def get_args_parser() -> ArgumentParser:
     fer2013.add_argument("source", type=Path, nargs="?", metavar="SOURCE", help="zip, tar.gz, CSV or folder of FER2013")
     fer2013.add_argument("--download", action="store_true", help="fetch msambare/fer2013 with kagglehub instead")
     fer2013.add_argument("--output-dir", type=Path, required=True, help="new folder for train/, val/ and test/")
+    check = commands.add_parser("audit", help="look for what is wrong in a folder of pictures")
+    check.add_argument("folder", type=Path, metavar="FOLDER", help="holds train/, val/, test/, or class folders")
+    check.add_argument("--output-dir", type=Path, default="audit", help="folder for audit.txt, audit.json and "
+                       "audit.png (default: audit)")  # fmt: skip
     return parser
 
 
@@ -288,6 +313,8 @@ def main(argv: list[str] | None = None) -> None:
     args = get_args_parser().parse_args(argv)
     if args.command == "sample":
         draw_sample(args.output_dir, args.seed)
+    elif args.command == "audit":
+        audit_folder(args.folder, args.output_dir)
     elif args.download == (args.source is not None):
         raise InputError("pass either SOURCE (a zip, tar.gz, CSV or folder) or --download")
     else:

@@ -41,11 +41,13 @@ def compute_metrics(
     split: str,
     temperature: float = 1.0,
     uncalibrated: np.ndarray | None = None,
+    copies: np.ndarray | None = None,
 ) -> dict:
     """Plain numbers for metrics.json; fractions, not percent. `labels` int64 (N,), `log_probs` float32 (N, classes).
 
     Balanced accuracy and macro F1 are means over the classes that have pictures in the split. `uncalibrated` is what
-    `log_probs` would be without the `temperature`.
+    `log_probs` would be without the `temperature`. `copies`, bool (N,), are pictures that stand in train too: where
+    there are any, "without_copies" holds what is left of count and accuracy, else it is None.
     """
     from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 
@@ -58,12 +60,17 @@ def compute_metrics(
         name: {"precision": float(p), "recall": float(r), "f1": float(f), "support": int(n)}
         for name, p, r, f, n in zip(class_names, precision, recall, f1, support, strict=True)
     }
+    own = None
+    if copies is not None and 0 < copies.sum() < len(labels):
+        count, right = int((~copies).sum()), int((preds == labels)[~copies].sum())
+        own = {"count": count, "accuracy": right / count, "accuracy_interval": list(wilson_interval(right, count))}
     return {
         "split": split,
         "count": len(labels),
         "loss": calibrated["loss"],
         "accuracy": correct / len(labels),
         "accuracy_interval": list(wilson_interval(correct, len(labels))),
+        "without_copies": own,
         "macro_f1": float(f1[present].mean()),
         "balanced_accuracy": float(recall[present].mean()),
         "temperature": temperature,
@@ -100,6 +107,7 @@ def format_report(metrics: dict) -> str:
         f"Loss: {metrics['loss']:.4f}",
         f"Expected calibration error: {100 * metrics['calibration']['ece']:.2f}%   "
         f"without the temperature of {metrics['temperature']:.2f}: {100 * metrics['uncalibrated']['ece']:.2f}%",
+        *_describe_copies(metrics),
         "",
         f"{'':{width}}  precision     recall         F1   pictures",
     ]
@@ -107,6 +115,17 @@ def format_report(metrics: dict) -> str:
         shares = "".join(f"{100 * row[key]:10.2f}%" for key in ("precision", "recall", "f1"))
         lines.append(f"{name:{width}}{shares}{row['support']:11,}")
     return "\n".join(lines) + "\n"
+
+
+def _describe_copies(metrics: dict) -> list[str]:
+    own = metrics["without_copies"]
+    if own is None:
+        return []
+    low, high = own["accuracy_interval"]
+    return [
+        f"Without the {metrics['count'] - own['count']:,} pictures that stand in train/ too: "
+        f"{100 * own['accuracy']:.2f}% of {own['count']:,} (95% interval {100 * low:.2f} to {100 * high:.2f})"
+    ]
 
 
 def result_files(metrics: dict) -> dict[str, Callable[[Path], object]]:
@@ -228,6 +247,21 @@ def plot_samples(samples: list[tuple[np.ndarray, str, str, float]], path: str | 
         colour = "black" if not true else "tab:green" if true == predicted else "tab:red"
         text = f"{predicted} {confidence:.0f}%" + (f"\ntrue: {true}" if true else "")
         axes.set_title(_plain(text), color=colour, fontsize=9)
+    for axes in figure.axes:
+        axes.axis("off")
+    figure.savefig(path, format="png")
+
+
+def plot_rows(rows: list[list[tuple[np.ndarray, str]]], path: str | Path, *, title: str) -> None:
+    """Rows of (picture uint8 (H, W), text above it); where there is none, a line says so."""
+    columns = max(map(len, rows), default=4)
+    figure = _figure(1.5 * columns, 1.75 * max(1, len(rows)) + 0.5)
+    figure.suptitle(_plain(title if rows else f"{title}: none"))
+    grid = figure.subplots(max(1, len(rows)), columns, squeeze=False)
+    for axes, row in zip(grid, rows, strict=False):
+        for place, (picture, text) in zip(axes, row, strict=False):
+            place.imshow(picture, cmap="gray", vmin=0, vmax=255)
+            place.set_title(_plain(text), fontsize=7)
     for axes in figure.axes:
         axes.axis("off")
     figure.savefig(path, format="png")

@@ -111,7 +111,10 @@ def draw_order(labels: torch.Tensor, *, balanced: bool, generator: torch.Generat
 
 @dataclass
 class Splits:
-    """What a training run works on. `where_val` says where validation came from, `notes` what the user should see."""
+    """What a training run works on. `where_val` says where validation came from, `notes` what the user should see.
+
+    `copies` tells of "val" and "test", where these are folders, which pictures stand in train too: bool (N,).
+    """
 
     train: Batches
     val: Batches
@@ -122,6 +125,7 @@ class Splits:
     split_hash: str
     where_val: str
     notes: list[str]
+    copies: dict[str, np.ndarray | None]
 
 
 def load_splits(
@@ -159,6 +163,7 @@ def load_splits(
     if len(val_rows) == 0 or len(train_rows) < 2:
         raise InputError(f"{len(train)} pictures in {root / 'train'} are too few to train and validate on")
     parts = ((train, train_rows), (val or train, val_rows))
+    copies = {"val": find_copies(train, val), "test": find_copies(train, test)}
     return Splits(
         train=Batches(train, train_rows, device),
         val=Batches(val or train, val_rows, device),
@@ -168,16 +173,23 @@ def load_splits(
         trained_on=SAMPLE_SET if is_sample_set(train.paths) else printable(root.resolve().name),
         split_hash=hash_split(*(([data.digests[row] for row in rows], data.labels[rows]) for data, rows in parts)),
         where_val="val/" if val else f"{100 * val_fraction:g}% of train/",
-        notes=[note for part in (train, val, test) if part for note in part.notes] + find_copies(train, val, test),
+        notes=[note for part in (train, val, test) if part for note in part.notes]
+        + warn_of_copies(val, copies["val"])
+        + warn_of_copies(test, copies["test"]),
+        copies=copies,
     )
 
 
-def find_copies(train: FolderImages, *others: FolderImages | None) -> list[str]:
-    """A line for each other part of which pictures stand in train too, pixel for pixel."""
-    known, lines = set(train.digests), []
-    for other in filter(None, others):
-        copies = sum(digest in known for digest in other.digests)
-        if copies:
-            where = printable(other.folder.name)
-            lines.append(f"warning: {copies:,} of {len(other):,} pictures in {where}/ stand in train/ too")
-    return lines
+def find_copies(train: FolderImages, other: FolderImages | None) -> np.ndarray | None:
+    """bool (N,), True where a picture of `other` stands in train too, pixel for pixel."""
+    if other is None:
+        return None
+    known = set(train.digests)
+    return np.array([digest in known for digest in other.digests])
+
+
+def warn_of_copies(part: FolderImages | None, copies: np.ndarray | None) -> list[str]:
+    if part is None or not copies.any():
+        return []
+    where = printable(part.folder.name)
+    return [f"warning: {copies.sum():,} of {len(part):,} pictures in {where}/ stand in train/ too"]

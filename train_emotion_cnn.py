@@ -203,6 +203,7 @@ def report(run: Run) -> None:
         split=split,
         temperature=temperature,
         uncalibrated=to_log_probs(logits).numpy(),
+        copies=splits.copies[split],
     )
     metrics |= {"arch": model.arch, "epoch": checkpoint["epoch"], "val": checkpoint["metrics"]}
     files = reports.result_files(metrics)

@@ -17,6 +17,7 @@ import train_emotion_cnn
 REPO = Path(__file__).resolve().parent.parent
 SCRIPTS = ["evaluate_emotion", "export_emotion", "predict_emotion", "prepare_data", "train_emotion_cnn"]
 MODULES = {  # module: (what it may import at its top, what inside functions as well)
+    "audit": ("data decoding models numpy PIL tqdm", "reports"),
     "augment": ("decoding models torch", ""),
     "checkpoints": ("finetuning models torch", ""),
     "console": ("engine models", ""),
@@ -136,7 +137,8 @@ def help_texts(capsys):
     """{command line: what its --help prints} of every script that is there."""
     scripts = (train_emotion_cnn, evaluate_emotion, export_emotion, predict_emotion, prepare_data)
     mains = {script.__name__: script.main for script in scripts}
-    lines = [(name, []) for name in mains] + [("prepare_data", ["sample"]), ("prepare_data", ["fer2013"])]
+    lines = [(name, []) for name in mains] + [("prepare_data", ["sample"]), ("prepare_data", ["fer2013"]),
+             ("prepare_data", ["audit"])]
     texts = {}
     for name, words in lines:
         with pytest.raises(SystemExit) as stop:

@@ -255,3 +255,15 @@ def test_result_files(names, tmp_path):
     assert json.loads((tmp_path / "metrics.json").read_text(encoding="utf-8")) == metrics
     text = (tmp_path / "classification_report.txt").read_text(encoding="utf-8")
     assert "75.00%" in text and names[0] in text
+
+
+def test_accuracy_without_copies():
+    labels, preds = [0, 0, 1, 1, 2], [0, 1, 1, 1, 0]
+    options = {"split": "test", "copies": np.array([True, False, False, True, False])}
+    metrics = compute_metrics(np.array(labels), log_probs_of(preds, 3), ["a", "b", "c"], **options)
+    assert metrics["accuracy"] == 0.6
+    assert metrics["without_copies"]["count"] == 3 and metrics["without_copies"]["accuracy"] == pytest.approx(1 / 3)
+    assert "Without the 2 pictures that stand in train/ too: 33.33% of 3" in format_report(metrics)
+    options["copies"] = np.zeros(5, bool)
+    metrics = compute_metrics(np.array(labels), log_probs_of(preds, 3), ["a", "b", "c"], **options)
+    assert metrics["without_copies"] is None and "stand in train" not in format_report(metrics)

@@ -872,6 +872,7 @@ def test_training_pictures_in_test_are_counted(data, run, tmp_path):
     code, out, err = run("--data-dir", data, "--output-dir", tmp_path / "out", *SMALL, "--epochs", "1")
     assert code == 0, err
     assert f"3 of {5 * len(COUNTS) + 3} pictures in test/ stand in train/ too" in out
+    assert "Without the 3 pictures that stand in train/ too: " in out and f"% of {5 * len(COUNTS)} (" in out
 
 
 def test_weights_of_the_same_size_for_other_classes_lose_their_head(plain_run, run, tmp_path):

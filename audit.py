@@ -1,0 +1,239 @@
+"""What is wrong with a folder of pictures: unreadable and blank ones, copies, copies across splits or under two labels.
+
+    found = audit("fer2013")                    # a dict of plain values, for audit.json
+    print(format_audit(found))
+"""
+
+import hashlib
+import os
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from data import find_classes, walk_pictures
+from decoding import in_chunks, read_image
+from models import InputError, InputSpec, printable
+
+SIDE = 32  # pixels of the gray copies that are compared
+BITS = 6  # of 64 in which the hashes of near-identical pictures may differ
+CORRELATION = 0.99  # of the pixels of near-identical pictures, at least
+BLANK = 2.0  # standard deviation of the gray values, of 255, below which a picture shows nothing
+SPLITS = ("train", "val", "test")
+
+
+def list_files(folder: str | Path) -> list[tuple[str, str, str]]:
+    """(path, split, class) of every picture; a folder that holds no splits is one of its own name."""
+    root = Path(folder)
+    splits = {name: root / name for name in SPLITS if os.path.isdir(root / name)}
+    files = []
+    for split, place in (splits or {root.resolve().name: root}).items():
+        for class_name in find_classes(place):
+            files += [(entry.path, split, class_name) for entry in walk_pictures(place / class_name)]
+    if not files:
+        raise InputError(f"{folder} holds no pictures in class folders")
+    return files
+
+
+def _look_at(path: str) -> tuple[str, str, np.ndarray] | str:
+    """(hash of the bytes, "mode width x height", gray uint8 (SIDE, SIDE)), or why the picture can't be read."""
+    try:
+        gray = read_image(path, InputSpec(image_size=SIDE))[0]
+        content = Path(path).read_bytes()
+        with Image.open(path) as image:
+            kind = f"{image.mode} {image.width} x {image.height}"
+        return hashlib.blake2b(content, digest_size=16).hexdigest(), kind, gray
+    except (InputError, OSError) as error:
+        return str(error)
+
+
+def hash_pictures(gray: np.ndarray) -> np.ndarray:
+    """uint8 (N, SIDE, SIDE) -> uint64 (N,): which of the neighbouring parts of a picture is brighter, as 64 bits.
+
+    The difference hash of Krawetz 2013, on means over parts of 9 x 8. It changes little when a picture is saved again
+    in another size, format or brightness.
+    """
+    columns = np.linspace(0, SIDE, 10).round().astype(int)
+    means = np.add.reduceat(gray.astype(np.float32), np.arange(0, SIDE, SIDE // 8), axis=1)
+    means = np.add.reduceat(means, columns[:-1], axis=2) / np.diff(columns)
+    bits = means[:, :, 1:] > means[:, :, :-1]
+    return np.packbits(bits.reshape(len(gray), 64), axis=1).view(np.uint64)[:, 0]
+
+
+def _count_bits(values: np.ndarray) -> np.ndarray:
+    if hasattr(np, "bitwise_count"):  # numpy 2
+        return np.bitwise_count(values)
+    table = np.array([bin(byte).count("1") for byte in range(256)], np.uint8)
+    return table[values[..., None].view(np.uint8)].sum(-1, dtype=np.uint8)
+
+
+def find_near_pairs(gray: np.ndarray) -> Iterator[tuple[int, int]]:
+    """Positions (i, j), i < j, of pictures uint8 (N, SIDE, SIDE) that are the same but for small changes.
+
+    Pictures whose hashes differ in few bits are compared pixel by pixel: by correlation, which brightness and contrast
+    leave alone. All pairs of hashes are compared, N * N / 2 of them.
+    """
+    hashes = hash_pictures(gray)
+    flat = gray.reshape(len(gray), -1).astype(np.float32)
+    flat -= flat.mean(1, keepdims=True)
+    flat /= np.maximum(np.linalg.norm(flat, axis=1, keepdims=True), 1e-6)
+    size = max(1, 2**24 // max(1, len(hashes)))
+    starts = range(0, len(hashes), size)
+    for start in tqdm(starts, desc="comparing", unit="block", leave=False, disable=None):
+        block = hashes[start : start + size]
+        rows, columns = np.nonzero(_count_bits(block[:, None] ^ hashes[None, start:]) <= BITS)
+        rows, columns = rows + start, columns + start
+        rows, columns = rows[rows < columns], columns[rows < columns]
+        for first in range(0, len(rows), 65_536):
+            left, right = rows[first : first + 65_536], columns[first : first + 65_536]
+            same = np.einsum("nd,nd->n", flat[left], flat[right]) >= CORRELATION
+            yield from zip(left[same].tolist(), right[same].tolist(), strict=True)
+
+
+class _Groups:
+    """Which positions belong together, as pairs of them come in (union-find)."""
+
+    def __init__(self, count: int):
+        self.parents = list(range(count))
+
+    def find(self, item: int) -> int:
+        while self.parents[item] != item:
+            self.parents[item] = self.parents[self.parents[item]]
+            item = self.parents[item]
+        return item
+
+    def join(self, one: int, other: int) -> None:
+        self.parents[self.find(other)] = self.find(one)
+
+    def groups(self) -> list[list[int]]:
+        """Those of two and more, each sorted."""
+        members: dict[int, list[int]] = {}
+        for item in range(len(self.parents)):
+            members.setdefault(self.find(item), []).append(item)
+        return [group for group in members.values() if len(group) > 1]
+
+
+def _group(files: list[tuple[str, str, str]], digests: list[str], gray: np.ndarray) -> list[dict]:
+    """Groups of copies, the worst first: across splits, then under two labels, then the largest."""
+    groups, first = _Groups(len(files)), {}
+    is_blank = gray.std((1, 2)) < BLANK  # nothing is near to everything
+    for position, digest in enumerate(digests):
+        groups.join(first.setdefault(digest, position), position)
+    positions = np.flatnonzero(~is_blank)
+    for one, other in find_near_pairs(gray[positions]):
+        groups.join(positions[one].item(), positions[other].item())
+    found = []
+    for members in groups.groups():
+        rows = [files[position] for position in members]
+        found.append({
+            "kind": "identical" if len({digests[position] for position in members}) == 1 else "near",
+            "splits": sorted({split for _, split, _ in rows}),
+            "classes": sorted({class_name for _, _, class_name in rows}),
+            "files": [path for path, _, _ in rows],
+        })  # fmt: skip
+    return sorted(found, key=lambda group: (-len(group["splits"]), -len(group["classes"]), -len(group["files"])))
+
+
+def audit(folder: str | Path) -> dict:
+    """All that is found, as plain values: see format_audit for what it says.
+
+    "leaks" counts the pictures of val and test that stand in train too: "identical" byte for byte, "near" all copies.
+    Raises InputError for a folder without pictures.
+    """
+    files = list_files(folder)
+    readable, unreadable, digests, kinds, gray = [], [], [], Counter(), []
+    with tqdm(total=len(files), desc="reading", unit="img", leave=False, disable=None) as bar:
+        paths = [path for path, _, _ in files]
+        for start, results in in_chunks(paths, lambda chunk: [_look_at(path) for path in chunk], 128):
+            for file, result in zip(files[start:], results, strict=False):
+                if isinstance(result, str):
+                    unreadable.append({"file": file[0], "reason": result})
+                    continue
+                readable.append(file)
+                digests.append(result[0])
+                kinds[result[1]] += 1
+                gray.append(result[2])
+            bar.update(len(results))
+    gray = np.array(gray, np.uint8).reshape(-1, SIDE, SIDE)
+    groups = _group(readable, digests, gray)
+    counts: dict[str, dict[str, int]] = {}
+    for _, split, class_name in files:
+        counts.setdefault(split, {}).setdefault(class_name, 0)
+        counts[split][class_name] += 1
+    split_of = {path: split for path, split, _ in readable}
+    digest_of = dict(zip((path for path, _, _ in readable), digests, strict=True))
+    trained = {digest for digest, (_, split, _) in zip(digests, readable, strict=True) if split == "train"}
+    leaks = {split: {"identical": 0, "near": 0} for split in counts if split != "train" and "train" in counts}
+    for group in groups:
+        for path in group["files"] if "train" in group["splits"] else ():
+            if split_of[path] != "train":
+                leaks[split_of[path]]["near"] += 1
+                leaks[split_of[path]]["identical"] += digest_of[path] in trained
+    return {
+        "folder": str(folder),
+        "count": len(files),
+        "counts": counts,
+        "kinds": dict(kinds.most_common()),
+        "unreadable": unreadable,
+        "blank": [readable[position][0] for position in np.flatnonzero(gray.std((1, 2)) < BLANK)],
+        "leaks": leaks,
+        "groups": groups,
+    }
+
+
+def _describe_balance(counts: dict[str, dict[str, int]]) -> list[str]:
+    lines = []
+    for split, classes in counts.items():
+        total = sum(classes.values())
+        shares = ", ".join(f"{name} {count:,} ({100 * count / total:.1f}%)" for name, count in classes.items())
+        most, least = max(classes.values()), max(1, min(classes.values()))
+        ratio = f"; the largest class has {most / least:.1f} times the pictures of the smallest" if most > least else ""
+        lines.append(f"{printable(split)}/: {total:,} pictures: {shares}{ratio}")
+    return lines
+
+
+def format_audit(found: dict, most: int = 20) -> str:
+    """The report as text; of long lists the first `most`."""
+    def listed(items: list[str]) -> list[str]:
+        more = [f"  ... and {len(items) - most:,} more, in audit.json"] if len(items) > most else []
+        return [f"  {printable(item)}" for item in items[:most]] + more
+
+    groups = found["groups"]
+    conflicts = [group for group in groups if len(group["classes"]) > 1]
+    lines = [*_describe_balance(found["counts"]), ""]
+    kinds = [f"{count:,} {kind}" for kind, count in found["kinds"].items()]
+    lines.append("sizes and modes: " + ", ".join(kinds[:8]) + (f" and {len(kinds) - 8:,} others" * (len(kinds) > 8)))
+    lines.append(f"unreadable: {len(found['unreadable']):,}")
+    lines += listed([row["reason"] for row in found["unreadable"]])
+    lines.append(f"blank: {len(found['blank']):,}")
+    lines += listed(found["blank"])
+    for split, count in found["leaks"].items():
+        lines.append(f"{printable(split)}/ pictures that stand in train/ too: {count['identical']:,} byte for byte, "
+                     f"{count['near']:,} with near-identical ones")  # fmt: skip
+    for kind, name in (("identical", "identical"), ("near", "near-identical")):
+        own = [group for group in groups if group["kind"] == kind]
+        size = sum(len(group["files"]) for group in own)
+        lines.append(f"groups of {name} pictures: {len(own):,}, of {size:,} pictures")
+    lines.append(f"groups under more than one label: {len(conflicts):,}")
+    lines += listed([" = ".join(group["files"][:4]) + " ..." * (len(group["files"]) > 4) for group in conflicts])
+    return "\n".join(lines) + "\n"
+
+
+def draw_groups(found: dict, path: Path, *, rows: int = 12, columns: int = 6) -> None:
+    """The worst groups of copies, a row each, with split and class above every picture; other ones come first."""
+    from reports import plot_rows
+
+    chosen = []
+    for group in found["groups"][:rows]:
+        names, seen = ["/".join(Path(file).parts[-3:-1]) for file in group["files"]], Counter()
+        ranks = []
+        for name in names:
+            ranks.append(seen[name])
+            seen[name] += 1
+        best = sorted(range(len(names)), key=ranks.__getitem__)[:columns]
+        pictures = [read_image(group["files"][number], InputSpec(image_size=96))[0] for number in best]
+        chosen.append(list(zip(pictures, [names[number] for number in best], strict=True)))
+    plot_rows(chosen, path, title=f"The worst groups of copies in {Path(found['folder']).resolve().name}")

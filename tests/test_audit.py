@@ -1,0 +1,115 @@
+"""prepare_data.py audit: every kind of mistake is put into a folder, and found there."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from conftest import draw_folder, draw_picture
+from PIL import Image, ImageEnhance
+
+import prepare_data
+from audit import audit, find_near_pairs, format_audit, hash_pictures
+from console import run_script
+from models import InputError
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Clean: train/ and test/ of two classes, all pictures other ones."""
+    draw_folder(tmp_path / "data" / "train", {"happy": 12, "sad": 6})
+    draw_folder(tmp_path / "data" / "test", {"happy": 4, "sad": 4})
+    return tmp_path / "data"
+
+
+def test_clean_folder(folder):
+    found = audit(folder)
+    assert found["count"] == 26 and found["counts"] == {
+        "train": {"happy": 12, "sad": 6}, "test": {"happy": 4, "sad": 4}
+    }  # fmt: skip
+    assert found["groups"] == found["unreadable"] == found["blank"] == []
+    assert found["leaks"] == {"test": {"identical": 0, "near": 0}} and found["kinds"] == {"L 48 x 48": 26}
+    assert "2.0 times the pictures of the smallest" in format_audit(found)
+
+
+def test_everything_is_found(folder):
+    train, test = folder / "train", folder / "test"
+    shutil.copy(train / "happy" / "happy_000.png", test / "happy" / "same.png")
+    shutil.copy(train / "happy" / "happy_001.png", train / "sad" / "other_label.png")
+    again = Image.open(train / "sad" / "sad_002.png").resize((64, 64))
+    ImageEnhance.Brightness(again).enhance(0.9).convert("RGB").save(test / "sad" / "again.jpg", quality=85)
+    Image.new("L", (48, 48), 7).save(train / "sad" / "blank.png")
+    (train / "sad" / "broken.png").write_bytes(b"not a picture")
+    found = audit(folder)
+    groups = {(group["kind"], tuple(group["splits"]), tuple(group["classes"])) for group in found["groups"]}
+    assert groups == {
+        ("identical", ("test", "train"), ("happy",)),
+        ("identical", ("train",), ("happy", "sad")),
+        ("near", ("test", "train"), ("sad",)),
+    }
+    assert found["leaks"] == {"test": {"identical": 1, "near": 2}}
+    assert [row["file"] for row in found["unreadable"]] == [str(train / "sad" / "broken.png")]
+    assert found["blank"] == [str(train / "sad" / "blank.png")]
+    assert found["kinds"]["RGB 64 x 64"] == 1
+    report = format_audit(found)
+    assert "test/ pictures that stand in train/ too: 1 byte for byte, 2 with near-identical ones" in report
+    assert "groups under more than one label: 1" in report
+
+
+def test_worst_groups_come_first(folder):
+    source = folder / "train" / "happy" / "happy_000.png"
+    for number in range(5):
+        shutil.copy(folder / "train" / "happy" / "happy_003.png", folder / "train" / "happy" / f"many{number}.png")
+    shutil.copy(source, folder / "test" / "happy" / "leak.png")
+    assert [group["splits"] for group in audit(folder)["groups"]] == [["test", "train"], ["train"]]
+
+
+@pytest.mark.parametrize("count", [1, 2, 700])
+def test_other_pictures_are_not_near(count):
+    """Noise of all kinds; and a flat gradient beside its mirror image."""
+    pictures = [np.asarray(draw_picture(seed, 32)) for seed in range(count)]
+    assert list(find_near_pairs(np.stack(pictures))) == []
+    ramp = np.tile(np.arange(32, dtype=np.uint8) * 8, (32, 1))
+    assert list(find_near_pairs(np.stack([ramp, ramp[:, ::-1]]))) == []
+
+
+def test_pairs_are_found_across_blocks():
+    rng = np.random.default_rng(0)
+    pictures = rng.integers(0, 256, (3000, 32, 32), dtype=np.uint8)
+    pictures[2999] = pictures[3]
+    pictures[1500] = (pictures[4] * 0.8).astype(np.uint8)
+    assert sorted(find_near_pairs(pictures)) == [(3, 2999), (4, 1500)]
+    assert hash_pictures(pictures)[3] == hash_pictures(pictures)[2999]
+
+
+def test_folder_of_classes_alone(tmp_path):
+    draw_folder(tmp_path / "faces", {"happy": 2, "sad": 2})
+    found = audit(tmp_path / "faces")
+    assert found["counts"] == {"faces": {"happy": 2, "sad": 2}} and found["leaks"] == {}
+
+
+def run(capsys, *args):
+    with pytest.raises(SystemExit) as stop:
+        run_script(lambda: prepare_data.main(["audit", *map(str, args)]))
+    out, err = capsys.readouterr()
+    return stop.value.code or 0, out, err
+
+
+def test_command_line_writes_report_table_and_picture(folder, tmp_path, capsys):
+    shutil.copy(folder / "train" / "happy" / "happy_000.png", folder / "test" / "sad" / "same.png")
+    code, out, err = run(capsys, folder, "--output-dir", tmp_path / "out")
+    assert (code, err) == (0, "")
+    assert "1 byte for byte" in out and (tmp_path / "out" / "audit.txt").read_text() in out
+    assert json.loads((tmp_path / "out" / "audit.json").read_text())["leaks"]["test"]["identical"] == 1
+    with Image.open(tmp_path / "out" / "audit.png") as picture:
+        picture.load()
+        assert picture.width > 200
+
+
+def test_mistakes_are_one_line(tmp_path, capsys):
+    (tmp_path / "empty" / "happy").mkdir(parents=True)
+    for folder, word in ((tmp_path / "missing", "missing"), (tmp_path / "empty", "no pictures")):
+        code, _, err = run(capsys, folder, "--output-dir", tmp_path / "out")
+        assert code == 2 and err.count("\n") == 1 and word in err
+    with pytest.raises(InputError):
+        audit(tmp_path / "empty")
