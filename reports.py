@@ -47,7 +47,7 @@ def compute_metrics(
 
     Balanced accuracy and macro F1 are means over the classes that have pictures in the split. `uncalibrated` is what
     `log_probs` would be without the `temperature`. `copies`, bool (N,), are pictures that stand in train too: where
-    there are any, "without_copies" holds what is left of count and accuracy, else it is None.
+    there are any, "without_copies" holds what is left of count and accuracy.
     """
     from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 
@@ -60,17 +60,18 @@ def compute_metrics(
         name: {"precision": float(p), "recall": float(r), "f1": float(f), "support": int(n)}
         for name, p, r, f, n in zip(class_names, precision, recall, f1, support, strict=True)
     }
-    own = None
+    extra = {}
     if copies is not None and 0 < copies.sum() < len(labels):
         count, right = int((~copies).sum()), int((preds == labels)[~copies].sum())
         own = {"count": count, "accuracy": right / count, "accuracy_interval": list(wilson_interval(right, count))}
+        extra["without_copies"] = own
     return {
         "split": split,
         "count": len(labels),
         "loss": calibrated["loss"],
         "accuracy": correct / len(labels),
         "accuracy_interval": list(wilson_interval(correct, len(labels))),
-        "without_copies": own,
+        **extra,
         "macro_f1": float(f1[present].mean()),
         "balanced_accuracy": float(recall[present].mean()),
         "temperature": temperature,
@@ -118,9 +119,9 @@ def format_report(metrics: dict) -> str:
 
 
 def _describe_copies(metrics: dict) -> list[str]:
-    own = metrics["without_copies"]
-    if own is None:
+    if "without_copies" not in metrics:
         return []
+    own = metrics["without_copies"]
     low, high = own["accuracy_interval"]
     return [
         f"Without the {metrics['count'] - own['count']:,} pictures that stand in train/ too: "
