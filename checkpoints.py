@@ -16,9 +16,10 @@ import torch
 from torch import nn
 
 from finetuning import load_backbone
-from models import InputError, InputSpec, create_model, head_prefix
+from models import InputError, InputSpec, create_model, head_prefix, printable
 
 FORMAT_VERSION = 1
+MAX_CLASSES = 10_000
 BEST_NAME, FINAL_NAME = "best_emotion_model.pth", "final_emotion_model.pth"
 _TYPES = {
     "arch": str, "num_classes": int, "class_names": list, "input_spec": dict, "temperature": float, "trained_on": str,
@@ -167,7 +168,11 @@ def check_info(checkpoint: dict, path: str | Path) -> dict:
     for key, kind in _TYPES.items():
         if not isinstance(checkpoint.get(key), kind):
             raise InputError(f"{path} is damaged: its {key!r} is missing or no {kind.__name__}")
+    if not all(isinstance(value, int | float) for value in checkpoint["metrics"].values()):
+        raise InputError(f"{path} is damaged: its metrics are not all numbers")
     names = checkpoint["class_names"]
+    if len(names) > MAX_CLASSES:
+        raise InputError(f"{path} has {len(names):,} classes, more than the {MAX_CLASSES:,} that are allowed")
     if not all(isinstance(name, str) and name.isprintable() for name in names):
         raise InputError(f"{path} is damaged: its class_names are not all printable text")
     if len(set(names)) != checkpoint["num_classes"] or len(names) != checkpoint["num_classes"]:
@@ -186,6 +191,9 @@ def build_model(checkpoint: dict, path: str | Path = "the checkpoint") -> nn.Mod
         if spec.channels != model.input_spec.channels:
             raise InputError(f"its input_spec has {spec.channels} channels, not {model.input_spec.channels}")
         model.load_state_dict(checkpoint["state_dict"])
+        for key, value in model.state_dict().items():
+            if not value.isfinite().all():
+                raise InputError(f"its weights are damaged: {printable(key)} holds values that are no finite numbers")
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
     except (RuntimeError, AttributeError, TypeError) as error:
@@ -198,7 +206,9 @@ def build_model(checkpoint: dict, path: str | Path = "the checkpoint") -> nn.Mod
 
 
 def load_initial_weights(model: nn.Module, path: str | Path, class_names: list[str] | None = None) -> str:
-    """Starts `model` from one of our checkpoints of the same arch, or from a bare state_dict such as torchvision's.
+    """Starts `model` from one of our checkpoints of the same arch, or from a state_dict such as torchvision's.
+
+    A state_dict may also stand in a dict under the names that other tools give it, its keys behind "module.".
 
     A last layer of another size, or made for other classes than `class_names`, is left as it is. Returns one line
     that says what was loaded; raises InputError where the file is of another arch or does not fit.
@@ -210,9 +220,8 @@ def load_initial_weights(model: nn.Module, path: str | Path, class_names: list[s
             raise InputError(f"--weights {path} is of arch {checkpoint['arch']}, but --arch is {model.arch}")
         is_other = class_names is not None and checkpoint["class_names"] != class_names
         return _load_matching(model, checkpoint["state_dict"], path, keep_last=not is_other)
-    if not isinstance(loaded, dict) or not all(
-        isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in loaded.items()
-    ):
+    loaded = _unwrap(loaded)
+    if loaded is None:
         raise InputError(f"--weights {path} holds neither a checkpoint nor a state_dict")
     if head_prefix(model.arch):
         own_head = {key for key in model.state_dict() if key.startswith(head_prefix(model.arch))}
@@ -223,6 +232,21 @@ def load_initial_weights(model: nn.Module, path: str | Path, class_names: list[s
                 raise InputError(f"--weights {path}: {error}") from None
             return f"{path}: backbone loaded, the head starts anew"
     return _load_matching(model, loaded, path)
+
+
+def _unwrap(loaded) -> dict[str, torch.Tensor] | None:
+    """The state_dict in what was loaded, also in the usual layouts of other tools; None where there is none."""
+    for name in ("model_state_dict", "state_dict", "model"):
+        if isinstance(loaded, dict) and isinstance(loaded.get(name), dict):
+            loaded = loaded[name]
+    if not isinstance(loaded, dict) or not all(
+        isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in loaded.items()
+    ):
+        return None
+    for prefix in ("module.", "_orig_mod.", "model."):  # DataParallel's, torch.compile's, Lightning's
+        if loaded and all(key.startswith(prefix) for key in loaded):
+            loaded = {key.removeprefix(prefix): value for key, value in loaded.items()}
+    return loaded or None
 
 
 def _load_matching(

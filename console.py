@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from engine import keep_freed_memory, limit_threads
+from engine import is_out_of_memory, keep_freed_memory, limit_threads
 from models import InputError
 
 
@@ -25,6 +25,12 @@ def run_script(main: Callable[[], int | None]) -> None:
         if int(os.environ.get("RANK", 0)) > 0:  # of torchrun: the first process says what is wrong with all of them
             time.sleep(3)
         print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        print("error: out of memory; lower --batch-size, or --image-size where that was raised (training can also "
+              "split a batch: --grad-accum 4)", file=sys.stderr)  # fmt: skip
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

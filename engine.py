@@ -161,6 +161,15 @@ class Ema:
         self.model.load_state_dict(state["state_dict"])
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether `error` is what torch or Python raise where memory, of the device or the machine, is used up."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(
+        text in str(error) for text in ("can't allocate memory", "not enough memory", "out of memory")
+    )
+
+
 class TrainStep:
     """One optimiser step on one batch: prepare, forward, loss, backward, clip, update, schedule, EMA.
 

@@ -154,6 +154,13 @@ class _Interrupted(Exception):
     """Carries an error of the prediction past replace_file, which would take it for one of writing."""
 
 
+def to_cell(value):
+    """As a table's cell: empty for None, and text that a spreadsheet would take for a formula behind an apostrophe."""
+    if isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r")):
+        return "'" + value
+    return "" if value is None else value
+
+
 def write_rows(rows: Iterable[dict], columns: list[str], path: Path) -> None:
     """The predictions as CSV (empty where a column doesn't apply) or JSON (null), by the ending of `path`.
 
@@ -180,9 +187,9 @@ def write_rows(rows: Iterable[dict], columns: list[str], path: Path) -> None:
             else:
                 import csv
 
-                writer = csv.DictWriter(file, columns, restval="")
-                writer.writeheader()
-                writer.writerows(guarded())
+                writer = csv.writer(file)
+                writer.writerow(map(to_cell, columns))
+                writer.writerows([to_cell(row.get(column)) for column in columns] for row in guarded())
 
     try:
         replace_file(path, write)

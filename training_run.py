@@ -3,6 +3,7 @@
 import contextlib
 import csv
 import math
+import os
 import shutil
 import time
 from pathlib import Path
@@ -91,7 +92,11 @@ class Run:
                 f"{group.size} processes: each needs two a step"
             )
         group.check_same((splits.split_hash, splits.class_names), "pictures to train on")
-        torch.backends.cudnn.benchmark = True  # tries which convolutions are fastest; every batch has the same shape
+        # cuDNN tries which convolutions are fastest, since every batch has the same shape; its choice may vary
+        torch.backends.cudnn.benchmark = not settings["deterministic"]
+        if settings["deterministic"]:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+            torch.use_deterministic_algorithms(True, warn_only=True)  # torch names what it has no such algorithm for
         self.output_dir, self.is_resumed = Path(settings["output_dir"]), is_resumed
         self.model = self._make_model()
         self.generator = torch.Generator(device)

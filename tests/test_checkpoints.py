@@ -409,6 +409,45 @@ def test_weights_at_another_image_size_are_refused(tmp_path):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("layout", [
+    lambda weights: {"state_dict": weights, "epoch": 3},
+    lambda weights: {"model_state_dict": weights, "optimizer_state_dict": {"state": {}}},
+    lambda weights: {"model": weights},
+    lambda weights: {f"module.{key}": value for key, value in weights.items()},
+    lambda weights: {"state_dict": {f"module.{key}": value for key, value in weights.items()}},
+    lambda weights: {"state_dict": {f"model.{key}": value for key, value in weights.items()}},
+    lambda weights: {f"_orig_mod.{key}": value for key, value in weights.items()},
+])  # fmt: skip
+def test_weights_in_the_layouts_of_other_tools(layout, tmp_path):
+    old, new = tiny(seed=1), tiny(seed=2)
+    torch.save(layout(old.state_dict()), tmp_path / "old.pth")
+    assert "all weights" in load_initial_weights(new, tmp_path / "old.pth")
+    assert_same(new, old.state_dict())
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_no_numbers_are_refused(saved, value):
+    path, checkpoint = saved
+    key = next(key for key, tensor in checkpoint["state_dict"].items() if tensor.is_floating_point())
+    checkpoint["state_dict"][key].flatten()[0] = value
+    save_checkpoint(checkpoint, path)
+    assert "no finite numbers" in refusal(path) and key in refusal(path)
+
+
+def test_a_million_classes_are_refused(saved):
+    path, checkpoint = saved
+    names = [f"class {number}" for number in range(1_000_000)]
+    save_checkpoint(checkpoint | {"class_names": names, "num_classes": len(names)}, path)
+    assert "1,000,000 classes" in refusal(path)
+
+
+@pytest.mark.parametrize("metrics", [{"val_acc": "high"}, {"val_acc": [1]}, {"val_acc": None}])
+def test_metrics_that_are_no_numbers_are_refused(saved, metrics):
+    path, checkpoint = saved
+    save_checkpoint(checkpoint | {"metrics": metrics}, path)
+    assert "metrics" in refusal(path)
+
+
 # Permissions, as an ordinary user
 
 

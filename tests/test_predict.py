@@ -564,3 +564,20 @@ def test_missing_permissions_are_one_line():
     assert len(errors) == 4 and "Traceback" not in out
     for line, name in zip(errors, ("secret.pth", "secret.png", "hidden", "p.csv"), strict=True):
         assert name in line
+
+
+def test_names_are_no_formulas_in_a_table(run, tmp_path, monkeypatch):
+    """A spreadsheet would run what begins with =, +, - or @; a name from outside stays text."""
+    path = write_checkpoint(tmp_path / "model.pth", names=["+1", "=cmd()", "sad"])
+    names = ["=1+1.png", "@sum.png", "plain.png"]
+    (tmp_path / "pictures").mkdir()
+    for number, name in enumerate(names):
+        draw_picture(number).save(tmp_path / "pictures" / name)
+    monkeypatch.chdir(tmp_path / "pictures")
+    code, _, err = run(*names, "--checkpoint", path, "--output", "p.csv")
+    assert code == 0, err
+    with open("p.csv", newline="", encoding="utf-8") as file:
+        rows = list(csv.reader(file))
+    assert rows[0][-3:] == ["'+1", "'=cmd()", "sad"]
+    assert [row[0] for row in rows[1:]] == ["'=1+1.png", "'@sum.png", "plain.png"]
+    assert not [cell for row in rows for cell in row if cell.startswith(("=", "+", "-", "@", "\t", "\r"))]

@@ -1005,3 +1005,26 @@ def test_missing_permissions_are_one_line():
     for line, name in zip(errors, ("--output-dir closed", "closed/below", "shut/train/happy"), strict=True):
         assert name in line
     assert lines[-1] == "[] []"
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits memory with ulimit")
+def test_out_of_memory_names_the_flag(data, tmp_path):
+    words = ["--data-dir", data, "--output-dir", tmp_path / "out", "--cache-dir", tmp_path / "cache"]
+    words += ["--arch", "cnn6_bn", "--image-size", "512", "--batch-size", "32", "--epochs", "1", "--device", "cpu"]
+    command = shlex.join([sys.executable, SCRIPT, *map(str, words)])
+    done = subprocess.run(["bash", "-c", f"ulimit -v 9000000; {command}"], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.strip().splitlines()[-1].startswith("error: out of memory; lower --batch-size")
+    assert "Traceback" not in done.stderr
+
+
+def test_deterministic(data, tmp_path):
+    """The flag reaches torch, in a process of its own, since it stays set there."""
+    words = ["--data-dir", data, "--output-dir", tmp_path / "out", "--cache-dir", tmp_path / "cache", *SMALL]
+    argv = [*map(str, words), "--epochs", "1", "--deterministic"]
+    code = (f"import sys, torch; sys.path.insert(0, {str(REPO)!r}); import train_emotion_cnn; "
+            f"train_emotion_cnn.main({argv!r}); print('set', torch.are_deterministic_algorithms_enabled(), "
+            "torch.backends.cudnn.benchmark)")  # fmt: skip
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "set True False"
