@@ -1,0 +1,118 @@
+"""Kills a training process again and again, and looks at what is left.
+
+    python -m tests.soak.kill --kills 50            # about 6 minutes on two cores
+
+Every life of the run is ended with SIGKILL after its first epoch, every second one while a temporary file is being
+written. After each, best and final checkpoint must load; and the run that was killed and resumed ten times must end
+with the weights, history, best score and optimiser state of one that never stopped, bit for bit.
+"""
+
+import argparse
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from checkpoints import BEST_NAME, FINAL_NAME, build_model, read_checkpoint
+from tests.conftest import draw_folder
+
+SCRIPT = Path(__file__).resolve().parent.parent.parent / "train_emotion_cnn.py"
+TIMES = {"images_per_s", "seconds"}
+LIVES, EPOCHS = 10, 45  # of one run
+SAME = ("state_dict", "train_state_dict", "optimizer", "scheduler", "ema", "best_metric", "early_stopping", "rng",
+        "class_weights", "split_hash", "epoch")  # fmt: skip
+
+
+def start(root: Path, out: str, *more: str) -> subprocess.Popen:
+    words = ["--data-dir", root / "data", "--cache-dir", root / "cache", "--output-dir", root / out,
+             "--arch", "cnn4_bn", "--epochs", EPOCHS, "--batch-size", 16, "--augment", "light", "--ema", 0.9,
+             "--schedule", "onecycle", "--class-weights", "balanced", *more]  # fmt: skip
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-u", str(SCRIPT), *map(str, words)]
+    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def finish(process: subprocess.Popen) -> None:
+    out, err = process.communicate(timeout=600)
+    assert process.returncode == 0, out + err
+
+
+def kill(process: subprocess.Popen, folder: Path, rng: random.Random, *, while_writing: bool) -> bool:
+    """Kills `process` after an epoch; returns whether a temporary file was left, or None where it had ended before."""
+    for line in process.stdout:
+        if line.startswith("epoch "):
+            break
+    end = time.monotonic() + rng.uniform(0, 1)
+    while time.monotonic() < end or while_writing:
+        if while_writing and any(name.endswith(".tmp") for name in os.listdir(folder)):
+            break
+        if process.poll() is not None:
+            break
+        if not while_writing:
+            time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    left = [name for name in os.listdir(folder) if name.endswith(".tmp")]
+    for name in left:
+        (folder / name).unlink()
+    return bool(left)
+
+
+def same(one, other) -> bool:
+    if isinstance(one, torch.Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
+    if isinstance(one, list | tuple):
+        return len(one) == len(other) and all(map(same, one, other))
+    return one == other
+
+
+def check_same_run(one: dict, other: dict) -> None:
+    for name in SAME:
+        assert same(one[name], other[name]), f"{name} differs"
+    rows = [[{key: row[key] for key in row.keys() - TIMES} for row in run["history"]] for run in (one, other)]
+    assert rows[0] == rows[1], "history differs"
+
+
+def soak(kills: int, root: Path, seed: int = 0, lives: int = LIVES) -> tuple[int, int]:
+    """Kills that many times; returns how many left a temporary file, and how many runs were compared."""
+    rng, done, writing, runs = random.Random(seed), 0, 0, 0
+    draw_folder(root / "data" / "train", {"angry": 60, "happy": 50, "sad": 40})
+    finish(start(root, "whole"))
+    whole = read_checkpoint(root / "whole" / FINAL_NAME)
+    while done < kills:
+        out, resume = f"killed{runs}", ()
+        for _ in range(min(lives, kills - done)):
+            process = start(root, out, *resume)
+            writing += kill(process, root / out, rng, while_writing=done % 2 == 1)
+            for name in (BEST_NAME, FINAL_NAME):
+                build_model(read_checkpoint(root / out / name))
+            done, resume = done + 1, ("--resume",)
+        finish(start(root, out, *resume))
+        check_same_run(read_checkpoint(root / out / FINAL_NAME), whole)
+        assert same(read_checkpoint(root / out / BEST_NAME)["state_dict"],
+                    read_checkpoint(root / "whole" / BEST_NAME)["state_dict"])  # fmt: skip
+        runs += 1
+    return writing, runs
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--kills", type=int, default=50, help="(default: 50)")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments (default: 0)")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        writing, runs = soak(args.kills, Path(folder), args.seed)
+    print(f"{args.kills} kills, {writing} of them while a temporary file was being written: every checkpoint loads, "
+          f"and {runs} runs ended as one that never stopped")  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

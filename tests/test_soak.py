@@ -1,0 +1,18 @@
+"""The soak tests, shortened: killed runs and damaged files."""
+
+import os
+
+import pytest
+
+from tests.soak import fuzz, kill
+
+
+@pytest.mark.skipif(os.name != "posix", reason="sends a POSIX signal")
+def test_killed_runs_go_on_as_if_they_had_not_been(tmp_path):
+    writing, runs = kill.soak(3, tmp_path, lives=3)
+    assert writing >= 1 and runs == 1
+
+
+def test_damaged_files_are_read_or_named(tmp_path):
+    found = fuzz.soak(360, tmp_path)
+    assert sum(found.values()) == 360 and found["PNG", "cut", "refused"] == 20
