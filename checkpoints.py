@@ -20,6 +20,7 @@ from models import InputError, InputSpec, create_model, head_prefix, printable
 
 FORMAT_VERSION = 1
 MAX_CLASSES = 10_000
+PATHS = ("data_dir", "weights", "cache_dir", "tensorboard")  # settings that name folders of the machine
 BEST_NAME, FINAL_NAME = "best_emotion_model.pth", "final_emotion_model.pth"
 _TYPES = {
     "arch": str, "num_classes": int, "class_names": list, "input_spec": dict, "temperature": float, "trained_on": str,
@@ -47,6 +48,12 @@ def make_checkpoint(
         "metrics": metrics,
         "config": config,
     }
+
+
+def to_deployed(config: dict) -> dict:
+    """What the checkpoint that deploys keeps of `config`: no folder of this machine, of --weights the file's name."""
+    kept = {name: value for name, value in config.items() if name not in PATHS}
+    return kept | {"weights": config.get("weights") and Path(config["weights"]).name}
 
 
 def replace_file(path: str | Path, write) -> None:
@@ -147,24 +154,25 @@ def read_checkpoint(path: str | Path) -> dict:
 def _check(checkpoint, path: str | Path) -> dict:
     if not isinstance(checkpoint, dict) or "format_version" not in checkpoint:
         raise InputError(f"{path} is not a checkpoint of this project (bare weights go to training, with --weights)")
-    if checkpoint["format_version"] != FORMAT_VERSION:
-        raise InputError(
-            f"{path} has checkpoint format {checkpoint['format_version']!r}, and this version reads {FORMAT_VERSION}: "
-            "use the version of this project that wrote it"
-        )
+    check_info(checkpoint, path)
     if not isinstance(checkpoint.get("state_dict"), dict):
         raise InputError(f"{path} is damaged: its 'state_dict' is missing or no dict")
-    check_info(checkpoint, path)
     return checkpoint
 
 
 def get_info(checkpoint: dict) -> dict:
     """What an exported file says of the network: all of a checkpoint that deploys, but the weights."""
-    return {key: checkpoint[key] for key in ("format_version", *_TYPES)}
+    info = {key: checkpoint[key] for key in ("format_version", *_TYPES)}
+    return info | {"config": to_deployed(info["config"])}
 
 
 def check_info(checkpoint: dict, path: str | Path) -> dict:
     """`checkpoint` where what it says of its network is whole; raises InputError that names `path` where it isn't."""
+    if checkpoint.get("format_version") != FORMAT_VERSION:
+        raise InputError(
+            f"{path} has checkpoint format {checkpoint.get('format_version')!r}, and this version reads "
+            f"{FORMAT_VERSION}: use the version of this project that wrote it"
+        )
     for key, kind in _TYPES.items():
         if not isinstance(checkpoint.get(key), kind):
             raise InputError(f"{path} is damaged: its {key!r} is missing or no {kind.__name__}")

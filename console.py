@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import signal
 import sys
 import tempfile
 import time
@@ -24,8 +25,7 @@ def run_script(main: Callable[[], int | None]) -> None:
     try:
         sys.exit(main())
     except InputError as error:
-        if int(os.environ.get("RANK", 0)) > 0:  # of torchrun: the first process says what is wrong with all of them
-            time.sleep(3)
+        _let_the_first_speak()
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except (MemoryError, RuntimeError) as error:
@@ -41,6 +41,14 @@ def run_script(main: Callable[[], int | None]) -> None:
         sys.exit(1)
 
 
+def _let_the_first_speak() -> None:
+    """Of torchrun's processes the first one says what is wrong with all, and torchrun then ends the others."""
+    if int(os.environ.get("RANK", 0)) > 0:
+        signal.set_wakeup_fd(-1)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(3)
+
+
 class ArgumentParser(argparse.ArgumentParser):
     """argparse's, but a wrong flag gets one line instead of the whole usage, and a part of a flag is a wrong one."""
 
@@ -48,6 +56,7 @@ class ArgumentParser(argparse.ArgumentParser):
         super().__init__(**{"allow_abbrev": False, **options})
 
     def error(self, message: str):
+        _let_the_first_speak()
         self.exit(2, f"error: {message}\n")
 
 

@@ -8,10 +8,11 @@ import contextlib
 import os
 import signal
 import socket
-import time
+import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -19,19 +20,18 @@ from torch import nn
 
 from models import InputError
 
-
-class Terminated(BaseException):
-    """torchrun ends this process (SIGTERM), mostly because another one has ended."""
+TIMEOUT = timedelta(hours=2)  # the first process of a machine may decode a large set while the others wait
 
 
 @dataclass(frozen=True)
 class Group:
-    """The processes of one run. This one has number `rank` of `size`; `before` are those of lower rank on this machine,
-    as process numbers."""
+    """The processes of one run. This one has number `rank` of `size`, on this machine `local_rank` of `local_size`;
+    `before` are the process numbers of those of lower rank on this machine."""
 
     rank: int = 0
     size: int = 1
     local_rank: int = 0
+    local_size: int = 1
     before: tuple[int, ...] = ()
 
     @property
@@ -44,22 +44,6 @@ class Group:
         count = stop - start
         return start + self.rank * count // self.size, start + (self.rank + 1) * count // self.size
 
-    @contextlib.contextmanager
-    def one_first(self) -> Iterator[None]:
-        """The first process of each machine goes ahead, and the others follow once it is through."""
-        if self.size > 1 and self.local_rank > 0:
-            dist.barrier()
-        yield
-        if self.size > 1 and self.local_rank == 0:
-            dist.barrier()
-
-    def sum(self, values: list[float], device: torch.device) -> list[float]:
-        if self.size == 1:
-            return values
-        total = torch.tensor(values, dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
-        dist.all_reduce(total)
-        return total.tolist()
-
     def gather(self, value) -> list:
         """That of every process, by rank."""
         if self.size == 1:
@@ -67,6 +51,37 @@ class Group:
         values = [None] * self.size
         dist.all_gather_object(values, value)
         return values
+
+    def sum(self, values: list[float], device: torch.device) -> list[float]:
+        if self.size == 1:
+            return values
+        total = torch.tensor(values, dtype=torch.float64, device=device)
+        dist.all_reduce(total)
+        return total.tolist()
+
+    def together(self, work: Callable, *, one_first: bool = False):
+        """What `work()` returns here; where it raises InputError in one process, it is raised in all of them.
+
+        With `one_first` the first process of each machine goes ahead, and the others follow once it is through.
+        """
+        if self.size == 1:
+            return work()
+        result = failure = None
+        for is_mine in (self.local_rank == 0, self.local_rank > 0) if one_first else (True,):
+            if is_mine:
+                try:
+                    result = work()
+                except InputError as error:
+                    failure = str(error)
+            failures = list(filter(None, self.gather(failure)))
+            if failures:
+                raise InputError(failures[0])
+        return result
+
+    def check_same(self, value, what: str) -> None:
+        """InputError where the processes don't hold the same `value`."""
+        if any(other != value for other in self.gather(value)):
+            raise InputError(f"the processes of this run have not the same {what}")
 
     def wrap(self, model: nn.Module) -> nn.Module:
         """`model` such that a backward pass averages the gradients of all processes. It starts from rank 0's weights.
@@ -86,13 +101,10 @@ class Group:
                 dist.all_reduce(buffer)
                 buffer /= self.size
 
-    def check_same(self, value, what: str) -> None:
-        """InputError where the processes don't hold the same `value`."""
-        if any(other != value for other in self.gather(value)):
-            raise InputError(f"the machines of this run have not the same {what}")
-
     def is_lowest_alive(self) -> bool:
         """Whether no process of lower rank lives on this machine: the one to speak when others have died."""
+        if os.name == "nt":  # where os.kill has no such question
+            return self.is_main
         for process in self.before:
             with contextlib.suppress(OSError):
                 os.kill(process, 0)
@@ -106,48 +118,60 @@ ALONE = Group()
 def join(device: torch.device) -> tuple[Group, torch.device]:
     """This process's group, and its own device of the kind of `device`: by torchrun's variables, or else alone.
 
-    With CUDA every process of a machine takes a GPU of its own, and NCCL carries the gradients; else gloo does, and
-    the processes share the cores. Raises InputError where there are fewer GPUs than processes.
+    With CUDA every process of a machine takes a GPU of its own, and NCCL carries the gradients; else gloo does.
+    Raises InputError where there are fewer GPUs than processes.
     """
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return ALONE, device
-    rank, size, local_rank = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
-    local_size = int(os.environ["LOCAL_WORLD_SIZE"])
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    rank, size, local_rank, local_size = (int(os.environ[name]) for name in names)
     if device.type == "mps" or device.index is not None:
         raise InputError(f"--device {device}: processes of torchrun take cuda, each its own GPU, or cpu")
+    options = {"timeout": TIMEOUT}
     if device.type == "cuda":
         if local_size > torch.cuda.device_count():
             raise InputError(f"{local_size} processes, but {torch.cuda.device_count()} GPUs: lower --nproc-per-node")
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
-    else:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        torch.set_num_threads(max(1, cores // local_size))  # torchrun itself allows one each
-    signal.signal(signal.SIGTERM, _terminate)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    here = [(socket.gethostname(), os.getpid())]
-    everyone = Group(rank, size).gather(here[0])
-    before = tuple(process for host, process in everyone[:rank] if host == here[0][0])
-    return Group(rank, size, local_rank, before), device
-
-
-def _terminate(*_) -> None:
-    raise Terminated
+        options["device_id"] = device
+    dist.init_process_group("nccl" if device.type == "cuda" and dist.is_nccl_available() else "gloo", **options)
+    own = (socket.gethostname(), os.getpid())
+    everyone = Group(rank, size).gather(own)
+    before = tuple(process for host, process in everyone[:rank] if host == own[0])
+    return Group(rank, size, local_rank, local_size, before), device
 
 
 def leave() -> None:
-    if dist.is_initialized():
+    """Ends the group; for a run that is through, since it may wait for the others."""
+    if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
 
 
+def when_terminated(act: Callable[[], None]) -> None:
+    """Calls `act` and ends the process once torchrun ends it (SIGTERM), mostly because another one has died.
+
+    In a thread, because the main one may wait for the dead in a call that no signal handler interrupts.
+    """
+    reading, writing = socket.socketpair()
+    writing.setblocking(False)
+    signal.signal(signal.SIGTERM, lambda *_: None)  # so that its number is written
+    signal.set_wakeup_fd(writing.fileno(), warn_on_full_buffer=False)
+
+    def wait() -> None:
+        while signal.SIGTERM not in reading.recv(64):
+            pass
+        act()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
+    _held.append(writing)  # or it would be closed
+
+
+_held: list[socket.socket] = []
+
+
 def is_loss_of_others(error: BaseException) -> bool:
-    """Whether `error` is what a process sees when another one of its run has ended."""
-    if isinstance(error, Terminated | dist.DistError):
+    """Whether `error` may be what a process sees when another one of its run has ended."""
+    if isinstance(error, dist.DistError):
         return True
     return isinstance(error, RuntimeError) and any(word in str(error).lower() for word in ("gloo", "nccl"))
-
-
-def wait_for_the_dead() -> None:
-    """Lets torchrun collect the processes that have ended, so that is_lowest_alive sees them gone."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    time.sleep(1)

@@ -30,6 +30,9 @@ PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 
 def pick_device(name: str = "auto") -> torch.device:
     """"auto" is CUDA, then MPS, then the CPU. Raises InputError for a device that isn't there."""
+    rank = int(os.environ.get("LOCAL_RANK", -1))  # of torchrun, whose processes would all use the first GPU too
+    if name in ("auto", "cuda") and 0 <= rank < torch.cuda.device_count():
+        torch.cuda.set_device(rank)
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
@@ -59,12 +62,21 @@ def _has_bf16(device: torch.device) -> bool:
     return False
 
 
-def limit_threads() -> None:
-    """Keeps torch to the CPUs that a container (cgroup v2) may use; more threads stand in each other's way."""
+def limit_threads(processes: int = 1) -> None:
+    """Keeps torch to its share of the CPUs that the machine and a container (cgroup v2) allow.
+
+    More threads stand in each other's way. OMP_NUM_THREADS decides for a process alone; torchrun sets it to 1.
+    """
+    if processes == 1 and "OMP_NUM_THREADS" in os.environ:
+        return
+    cpus = torch.get_num_threads() if processes == 1 else len(_affinity())
     with contextlib.suppress(OSError, ValueError):  # no such cgroup
-        limit = cpu_limit(Path("/sys/fs/cgroup/cpu.max").read_text())
-        if limit and "OMP_NUM_THREADS" not in os.environ:
-            torch.set_num_threads(min(torch.get_num_threads(), limit))
+        cpus = min(cpus, cpu_limit(Path("/sys/fs/cgroup/cpu.max").read_text()) or cpus)
+    torch.set_num_threads(max(1, cpus // processes))
+
+
+def _affinity() -> set[int]:
+    return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
 
 
 def keep_freed_memory() -> None:
@@ -279,7 +291,9 @@ def train_one_epoch(
             now = time.perf_counter()
             if now - shown > 0.5:  # reading a sum waits for the device, so only now and then
                 shown = now
-                mean = _check_finite(float(loss_sum) / count, step, number)
+                mean = float(loss_sum) / count
+                if step.group.size == 1:  # a group must stop together, at the sum
+                    _check_finite(mean, step, number)
                 bar.update(min(total, count * step.group.size) - bar.n)
                 bar.set_postfix(loss=f"{mean:.4f}", acc=f"{100 * int(correct) / count:.1f}%", refresh=False)
         sums = step.group.sum([float(loss_sum), int(correct), count], step.device)
@@ -288,11 +302,10 @@ def train_one_epoch(
     return {"loss": sums[0] / sums[2], "acc": sums[1] / sums[2], "images_per_s": sums[2] / seconds}
 
 
-def _check_finite(loss: float, step: TrainStep, number: int) -> float:
+def _check_finite(loss: float, step: TrainStep, number: int) -> None:
     if not math.isfinite(loss):
         lr = step.optimizer.param_groups[0]["lr"]
         raise FloatingPointError(f"the loss became {loss} by step {number} at learning rate {lr:g}")
-    return loss
 
 
 @torch.inference_mode()

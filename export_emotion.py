@@ -9,7 +9,9 @@ temperature and softmax are inside. Each is compared with PyTorch before it is k
 """
 
 import argparse
+import json
 import os
+import shutil
 import statistics
 import tempfile
 import time
@@ -18,12 +20,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from checkpoints import get_info
+from checkpoints import get_info, replace_file
 from console import ArgumentParser, make_output_dir, run_script
 from data import FolderImages
-from exporting import CONFIG_NAME, FORMATS, INFO_NAME, Deployed, missing_packages, read_exported
+from exporting import CONFIG_NAME, FORMATS, INFO_NAME, Deployed, missing_packages, read_exported, to_stored
 from inference import open_model, predict_probs
-from models import InputError, printable
+from models import InputError, InputSpec, printable
 
 TOLERANCE = 1e-4  # largest difference in probability from PyTorch's, in float32
 COMPARED = 256  # pictures
@@ -80,20 +82,17 @@ def load_pictures(data_dir: str | None, splits: tuple[str, ...], model, cache_di
     return FolderImages(folder, model.input_spec, class_names=model.class_names, cache_dir=cache_dir)
 
 
-def draw_pictures(data: FolderImages | None, count: int, deployed: Deployed) -> torch.Tensor:
-    """`count` pictures uint8 (N, C, H, W) of `data`, filled up with noise where there are fewer."""
-    noise = deployed.example(count)
-    if data is None:
-        return noise
+def draw_pictures(data: FolderImages, count: int, spec: InputSpec) -> torch.Tensor:
+    """`count` pictures uint8 (N, C, H, W) of `data`, or all where there are fewer."""
     rows = np.random.default_rng(0).permutation(len(data))[:count]
-    pictures = torch.from_numpy(np.asarray(data.images[np.sort(rows)]))
-    return torch.cat([pictures, noise[len(pictures) :]])
+    return to_stored(torch.from_numpy(np.array(data.images[np.sort(rows)])), spec)
 
 
-def largest_difference(model, exported, images: torch.Tensor) -> float:
-    """In probability, between the network and the file made of it; in batches of 64, and the first picture alone."""
-    pairs = [(images[:1], images[:1]), *zip(images.split(64), images.split(64), strict=True)]
-    gaps = [(predict_probs(model, one) - predict_probs(exported, other)).abs().max() for one, other in pairs]
+@torch.inference_mode()
+def largest_difference(deployed: Deployed, other, images: torch.Tensor) -> float:
+    """In probability, between the network and what was made of it; in batches of 64, and the first picture alone."""
+    batches = [images[:1], *images.split(64)]
+    gaps = [(deployed(batch) - other(batch)).abs().max() for batch in batches]
     return torch.stack(gaps).max().item()
 
 
@@ -101,17 +100,24 @@ def describe_size(path: Path) -> str:
     return f"{path.stat().st_size / 1e6:.1f} MB"
 
 
-def export(name: str, model, info: dict, images: torch.Tensor, folder: Path) -> Path:
-    """Writes one format into `folder`, compares it, and says so; InputError where it answers differently."""
+def export(name: str, deployed: Deployed, info: dict, images: torch.Tensor, what: str, folder: Path) -> list[Path]:
+    """Writes one format into `folder`, compares it on `images`, which are `what`, and says so; returns its files.
+
+    Raises InputError where it can't be written, and where it answers differently.
+    """
     file, _, write = FORMATS[name]
     path = folder / file
-    write(Deployed(model), info, path)
+    try:
+        write(deployed, info, path)
+    except Exception as error:  # exporters raise anything
+        reason = printable(" ".join(str(error).split())[:200]) or type(error).__name__
+        raise InputError(f"{file} can't be written: {reason}") from None
     exported, _ = read_exported(path, trust=True)
-    gap = largest_difference(model, exported, images)
+    gap = largest_difference(deployed, Deployed(exported) if name == "safetensors" else exported.probs, images)
     if not gap <= TOLERANCE:
         raise InputError(f"{file} answers differently from PyTorch, by {gap:.1g} in probability; it was not kept")
-    print(f"{file}: {describe_size(path)}, largest difference in probability {gap:.1e} over {len(images)} pictures")
-    return path
+    print(f"{file}: {describe_size(path)}, largest difference in probability {gap:.1e} over {what}")
+    return [path, path.with_name(CONFIG_NAME)] if name == "safetensors" else [path]
 
 
 # Whole numbers
@@ -169,11 +175,12 @@ def measure(model, data: FolderImages) -> tuple[float, float]:
 
 def export_int8(source: Path, model, args: argparse.Namespace) -> Path:
     """The ONNX file in whole numbers, beside it; InputError where it costs more accuracy than --max-drop."""
+    if not os.path.isdir(Path(args.data_dir, "train")):
+        raise InputError(f"--int8: no folder {Path(args.data_dir, 'train')} to calibrate on")
     calibration = load_pictures(args.data_dir, ("train",), model, args.cache_dir)
     data = load_pictures(args.data_dir, ("val", "test"), model, args.cache_dir)
     path = source.with_name(INT8_NAME)
-    rows = np.random.default_rng(0).permutation(len(calibration))[:CALIBRATION]
-    quantize(source, path, torch.from_numpy(np.asarray(calibration.images[np.sort(rows)])))
+    quantize(source, path, draw_pictures(calibration, CALIBRATION, model.input_spec))
     measured = [measure(read_exported(file)[0], data) for file in (source, path)]
     for file, (accuracy, ms) in zip((source, path), measured, strict=True):
         where = printable(data.folder.name)
@@ -186,6 +193,25 @@ def export_int8(source: Path, model, args: argparse.Namespace) -> Path:
     return path
 
 
+def check_config(output_dir: Path, names: list[str]) -> None:
+    """InputError where another program's config.json would be written over."""
+    path = output_dir / CONFIG_NAME
+    if "safetensors" in names and path.exists():
+        try:
+            is_ours = "format_version" in json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError, TypeError):
+            is_ours = False
+        if not is_ours:
+            raise InputError(f"{path} is of another program; choose another --output-dir, or --formats without "
+                             "safetensors")  # fmt: skip
+
+
+def keep(paths: list[Path], output_dir: Path) -> None:
+    """Moves the files to `output_dir`, over earlier ones."""
+    for path in paths:
+        replace_file(output_dir / path.name, lambda temporary, path=path: os.replace(path, temporary))
+
+
 def main(argv: list[str] | None = None) -> None:
     args = get_args_parser().parse_args(argv)
     if args.int8 and not args.data_dir:
@@ -196,19 +222,22 @@ def main(argv: list[str] | None = None) -> None:
     model, checkpoint = open_model(args.checkpoint, "cpu")
     if hasattr(model, "eats_uint8"):
         raise InputError(f"--checkpoint {args.checkpoint} is an exported file; export from the checkpoint")
-    model = model.to(memory_format=torch.contiguous_format).requires_grad_(False)
+    deployed = Deployed(model.to(memory_format=torch.contiguous_format).requires_grad_(False))
     info, output_dir = get_info(checkpoint), make_output_dir(args.output_dir)
+    check_config(output_dir, names)
+    images, what = deployed.example(COMPARED), f"{COMPARED} pictures of noise"
     data = load_pictures(args.data_dir, ("test", "val", "train"), model, args.cache_dir)
-    images = draw_pictures(data, COMPARED, Deployed(model))
+    if data:
+        own = draw_pictures(data, COMPARED, model.input_spec)
+        images = torch.cat([own, images[len(own) :]])
+        rest = " and noise" if len(own) < COMPARED else ""
+        what = f"{COMPARED} pictures, {len(own)} of {printable(data.folder.name)}/{rest}"
     with tempfile.TemporaryDirectory(prefix=".export_", dir=output_dir) as folder:
         for name in names:
-            paths = [export(name, model, info, images, Path(folder))]
-            if name == "safetensors":
-                paths.append(paths[0].with_name(CONFIG_NAME))
-            if name == "onnx" and args.int8:
-                paths.append(export_int8(paths[0], model, args))
-            for path in paths:
-                os.replace(path, output_dir / path.name)
+            keep(export(name, deployed, info, images, what, Path(folder)), output_dir)
+        if args.int8:
+            shutil.copyfile(output_dir / FORMATS["onnx"][0], Path(folder, FORMATS["onnx"][0]))
+            keep([export_int8(Path(folder, FORMATS["onnx"][0]), model, args)], output_dir)
     print(f"In {printable(output_dir.resolve())}")
 
 

@@ -44,6 +44,11 @@ class Deployed(nn.Module):
         return torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
 
 
+def to_stored(images: torch.Tensor, spec: InputSpec) -> torch.Tensor:
+    """uint8 (N, C, S, S) with as many channels as `spec` stores; gray folders have one whatever it stores."""
+    return images.expand(-1, spec.stored_channels, -1, -1).contiguous()
+
+
 # Writing: each takes (Deployed on the CPU, info, path)
 
 
@@ -119,7 +124,11 @@ class _Program(nn.Module):
         self.device_mark = nn.Parameter(torch.empty(0), requires_grad=False)  # a network is where its parameters are
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return self.temperature * self._run(images.contiguous()).clamp_min(1e-30).log()
+        return self.temperature * self.probs(images).clamp_min(1e-30).log()
+
+    def probs(self, images: torch.Tensor) -> torch.Tensor:
+        """What comes out of the file: float32 (N, num_classes)."""
+        return self._run(to_stored(images, self.input_spec))
 
 
 def is_exported(path: str | Path) -> bool:

@@ -13,6 +13,7 @@ import argparse
 import math
 import os
 import sys
+import time
 from dataclasses import asdict
 from pathlib import Path
 
@@ -20,13 +21,22 @@ import torch
 
 import reports
 from augment import parse_augment
-from checkpoints import BEST_NAME, FINAL_NAME, build_model, read_checkpoint, replace_file, save_checkpoint
+from checkpoints import BEST_NAME, FINAL_NAME, PATHS, build_model, read_checkpoint, replace_file, save_checkpoint
 from console import ArgumentParser, make_output_dir, run_script
-from distributed import Group, is_loss_of_others, join, leave, wait_for_the_dead
-from engine import OPTIMIZERS, PRECISIONS, SCHEDULES, fit_temperature, memory_format, pick_device, to_log_probs
+from distributed import Group, is_loss_of_others, join, leave, when_terminated
+from engine import (
+    OPTIMIZERS,
+    PRECISIONS,
+    SCHEDULES,
+    fit_temperature,
+    limit_threads,
+    memory_format,
+    pick_device,
+    to_log_probs,
+)
 from models import InputError, count_parameters, get_arch, input_spec_for, list_archs, printable
 from splits import load_splits
-from training_run import FREE_ON_RESUME, HISTORY_NAME, PATHS, Run, write_history
+from training_run import FREE_ON_RESUME, HISTORY_NAME, Run, write_history
 
 DEFAULT_ARCH = "seresnet13"
 
@@ -261,10 +271,12 @@ def train(run: Run, writer, say) -> None:
             log_scalars(writer, row)
 
 
-def say_how_to_resume(run: Run, why: str = "stopped") -> None:
-    command = f'python train_emotion_cnn.py --resume "{printable(run.output_dir / FINAL_NAME)}"'
-    hint = f"go on with: {command}" if run.saved_epoch else "no epoch had ended, so there is nothing to resume"
-    print(f"\n{why}; {hint}", file=sys.stderr)
+def say_how_to_resume(run: Run | None, why: str = "stopped") -> None:
+    hint = "no epoch had ended, so there is nothing to resume"
+    if run and run.saved_epoch:
+        launch = "python" if run.group.size == 1 else f"torchrun --standalone --nproc-per-node {run.group.size}"
+        hint = f'go on with: {launch} train_emotion_cnn.py --resume "{printable(run.output_dir / FINAL_NAME)}"'
+    print(f"\n{why}; {hint}", file=sys.stderr, flush=True)
 
 
 def describe(run: Run) -> str:
@@ -284,47 +296,61 @@ def describe(run: Run) -> str:
     return "\n".join(lines)
 
 
-def run_training(settings: dict, resumed: dict | None, group: Group, device: torch.device) -> None:
+def load(settings: dict, group: Group, device: torch.device):
+    """The pictures; the first process of each machine fills the cache for its others."""
+    if group.is_main:
+        make_output_dir(settings["output_dir"])
     spec = input_spec_for(settings["arch"], settings["image_size"])
     options = {name: settings[name] for name in ("val_fraction", "seed", "cache_dir", "strict")}
-    with group.one_first():  # which fills the cache for the others
-        splits = load_splits(settings["data_dir"], spec, device, **options)
-    run = Run(settings, to_config(settings), splits, device, is_resumed=resumed is not None, group=group)
-    say = print if group.is_main else lambda *_, **__: None
+    return load_splits(settings["data_dir"], spec, device, **options)
+
+
+def run_training(run: Run, resumed: dict | None) -> None:
+    say = print if run.group.is_main else lambda *_, **__: None
     say(describe(run), flush=True)
     if resumed:
-        run.restore(resumed, resume_path(settings))
+        run.restore(resumed, resume_path(run.settings))
         say("this run is finished; its reports follow" if run.is_finished else f"resumed after epoch {run.epoch}")
-    writer = make_writer(settings["tensorboard"]) if group.is_main else None
+    writer = make_writer(run.settings["tensorboard"]) if run.group.is_main else None
     try:
         train(run, writer, say)
-        if group.is_main:
+        if run.group.is_main:
             report(run)
     except KeyboardInterrupt:
-        if group.is_main:
+        if run.group.is_main:
             say_how_to_resume(run)
         raise
-    except BaseException as error:
-        if group.size == 1 or not is_loss_of_others(error):
-            raise
-        wait_for_the_dead()
-        if group.is_lowest_alive():
-            say_how_to_resume(run, "another process of this run has ended")
-        sys.exit(1)
     finally:
         if writer:
             writer.close()
 
 
 def main(argv: list[str] | None = None) -> None:
-    settings, resumed = settle(vars(get_args_parser().parse_args(argv)))
-    group, device = join(pick_device(settings["device"]))
+    given = vars(get_args_parser().parse_args(argv))
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0 and "resume" not in given:
+        raise InputError("torchrun's restart would train anew over the last checkpoint; pass --resume, or 0 restarts")
+    group, device = join(pick_device(given.get("device", "auto")))
+    run = None
+
+    def say_the_end(why: str = "") -> None:
+        if group.is_lowest_alive():
+            say_how_to_resume(run, f"another process of this run has ended{why}")
+
+    if group.size > 1:
+        limit_threads(group.local_size)
+        when_terminated(say_the_end)
     try:
-        if group.is_main:
-            make_output_dir(settings["output_dir"])
-        run_training(settings, resumed, group, device)
-    finally:
-        leave()
+        settings, resumed = group.together(lambda: settle(given))
+        splits = group.together(lambda: load(settings, group, device), one_first=True)
+        run = Run(settings, to_config(settings), splits, device, is_resumed=resumed is not None, group=group)
+        run_training(run, resumed)
+    except Exception as error:
+        if group.size == 1 or not is_loss_of_others(error):
+            raise
+        time.sleep(3)  # torchrun mostly ends this process now, and when_terminated speaks
+        say_the_end(f" ({str(error).strip().partition(chr(10))[0][:200]})")
+        os._exit(1)
+    leave()
 
 
 if __name__ == "__main__":

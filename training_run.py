@@ -21,6 +21,7 @@ from checkpoints import (
     read_checkpoint,
     replace_file,
     save_checkpoint,
+    to_deployed,
 )
 from decoding import to_input
 from distributed import ALONE, Group
@@ -42,7 +43,6 @@ from models import InputError, create_model, printable
 from splits import Batches, Splits, draw_order
 
 HISTORY_NAME = "training_history.csv"
-PATHS = ("data_dir", "weights", "cache_dir", "tensorboard")  # of this machine
 # Settings that may differ from the resumed run's. data_dir is among them because the pictures themselves are compared.
 FREE_ON_RESUME = {"epochs", "device", "output_dir", "resume", "data_dir", "cache_dir", "tensorboard", "strict"}
 
@@ -59,12 +59,6 @@ def make_class_weights(kind: str, counts: list[int]) -> list[float] | None:
         weights = np.sqrt(weights)
         weights *= counts.sum() / (weights * counts).sum()
     return weights.tolist()
-
-
-def to_deployed(config: dict) -> dict:
-    """What the checkpoint that deploys keeps of `config`: no folder of this machine, of --weights the file's name."""
-    kept = {name: value for name, value in config.items() if name not in PATHS}
-    return kept | {"weights": config.get("weights") and Path(config["weights"]).name}
 
 
 class Run:
@@ -92,6 +86,7 @@ class Run:
                 f"{group.size} processes: each needs two a step"
             )
         group.check_same((splits.split_hash, splits.class_names), "pictures to train on")
+        group.check_same(to_deployed(config), "flags")
         # cuDNN tries which convolutions are fastest, since every batch has the same shape; its choice may vary
         torch.backends.cudnn.benchmark = not settings["deterministic"]
         if settings["deterministic"]:
@@ -286,6 +281,7 @@ class Run:
                 part.load_state_dict(checkpoint[name])
         self.epoch, self.history, self.best = checkpoint["epoch"], checkpoint["history"], checkpoint["best_metric"]
         self.saved_epoch, self.since_best = self.epoch, checkpoint["early_stopping"]["since_best"]
+        self.group.check_same((self.epoch, self.best), "checkpoint to resume")
         if not self.group.is_main:
             return
         if best.parent.resolve() != self.output_dir.resolve():

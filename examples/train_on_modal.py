@@ -5,8 +5,9 @@
     EMOTION_GPU=H100:4 modal run -m examples.train_on_modal --data-dir fer2013          # four GPUs, by torchrun
 
 All flags but --data-dir, --output-dir and --run go to train_emotion_cnn.py as they are. Pictures are uploaded once, and
-again where they have changed. A container that is taken away starts again and resumes; so does `--run NAME` with the
-name that an earlier call printed. `modal volume delete facial-emotions` removes what is kept there.
+the volume is brought up to date where they have changed. A container that is taken away starts again and resumes; so
+does `--run NAME` with the name that an earlier call printed. `modal volume delete facial-emotions` removes what is kept
+there.
 """
 
 import os
@@ -53,24 +54,38 @@ def train(data: str, run: str, gpus: int, flags: list[str]) -> int:
         print(line, end="", flush=True)
         if line.startswith("epoch ") and not modal.is_local():
             volume.commit()
-    return output.wait()
+    code = output.wait()
+    if not modal.is_local():
+        volume.commit()  # the report too, before the results are fetched
+    return code
 
 
 def upload(folder: Path, target: str) -> int:
-    """Brings the files of `folder` that `target` on the volume lacks, or has in another size; returns their number."""
+    """Makes `target` on the volume hold the files of `folder`, no others; returns how many were brought or removed.
+
+    A file is brought again where its size is another, or where it has changed since.
+    """
     try:
-        there = {entry.path.strip("/"): entry.size for entry in volume.listdir(target, recursive=True)}
+        entries = [entry for entry in volume.listdir(target, recursive=True) if entry.type.name == "FILE"]
     except (FileNotFoundError, modal.exception.NotFoundError):
-        there = {}
+        entries = []
+    there = {entry.path.strip("/"): entry for entry in entries}
     paths = [Path(root, name) for root, _, names in os.walk(folder) for name in names]
-    paths = [path for path in paths if path.is_file()]
-    here = {posixpath.join(target, path.relative_to(folder).as_posix()): path for path in paths}
-    new = {name: path for name, path in here.items() if there.get(name) != path.stat().st_size}
+    here = {posixpath.join(target, path.relative_to(folder).as_posix()): path for path in paths if path.is_file()}
+    gone = there.keys() - here.keys()
+    for name in gone:
+        volume.remove_file("/" + name)
+    new = {name: path for name, path in here.items() if name not in there or has_changed(path, there[name])}
     if new:
         with volume.batch_upload(force=True) as batch:
             for name, path in new.items():
                 batch.put_file(path, "/" + name)
-    return len(new)
+    return len(gone) + len(new)
+
+
+def has_changed(path: Path, entry) -> bool:
+    info = path.stat()
+    return info.st_size != entry.size or info.st_mtime >= entry.mtime
 
 
 def download(source: str, folder: Path) -> list[str]:
@@ -99,7 +114,7 @@ def main(*arguments: str) -> None:
         output_dir = make_output_dir(args.output_dir)
         data, run = Path(args.data_dir).resolve().name, args.run or datetime.now().strftime("%Y%m%d-%H%M%S")
         count = sum(upload(Path(args.data_dir, part), f"data/{data}/{part}") for part in parts)
-        print(f"{count:,} pictures uploaded; run {run} on {GPU}")
+        print(f"{count:,} pictures uploaded or removed; run {run} on {GPU}")
         code = train.remote(data, run, int(GPU.partition(":")[2] or 1), flags)
         if code == 0:
             print(f"In {output_dir.resolve()}: {', '.join(download(f'runs/{run}', output_dir))}")

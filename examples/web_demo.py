@@ -8,11 +8,13 @@ keeps of them while it runs is deleted when it ends. Needs Gradio: pip install "
 """
 
 import os
+import signal
 import socket
 import tempfile
 from pathlib import Path
 
 from console import ArgumentParser, run_script
+from data import walk_pictures
 from decoding import read_whole
 from faces import Face, opencv_problem
 from models import InputError, count_parameters, printable
@@ -36,8 +38,8 @@ def load_gradio():
 
 def describe(model, path: str) -> str:
     classes = ", ".join(map(printable, model.class_names))
-    return (f"Network: **{model.arch}** from `{printable(path)}`, {count_parameters(model):,} parameters, trained on "
-            f"{printable(model.trained_on)}. Classes: {classes}.")  # fmt: skip
+    size = "exported" if hasattr(model, "eats_uint8") else f"{count_parameters(model):,} parameters"
+    return f"{model.arch} from {printable(path)}, {size}, trained on {printable(model.trained_on)}. Classes: {classes}."
 
 
 def find_emotions(model, path: str) -> tuple[list[tuple[Face | None, tuple | None]], str]:
@@ -68,13 +70,14 @@ def build_page(gr, model, path: str):
         return draw_faces(read_whole(path), results), message, labels
 
     with gr.Blocks(title="Facial emotions", analytics_enabled=False, delete_cache=(60, 600)) as page:
-        gr.Markdown(f"# Facial emotions\n{describe(model, path)}\n\n{PRIVACY}")
+        gr.Markdown(f"# Facial emotions\n{PRIVACY}")
+        gr.Textbox(describe(model, path), label="Network", interactive=False)  # no Markdown: names are text
         with gr.Row():
             with gr.Column():
                 photo = gr.Image(sources=["upload", "webcam", "clipboard"], label="Photo", height=400)
                 photo.preprocess = lambda file: file and file.path  # so that we read it, as everywhere else
-                drawings = [next(iter(sorted(folder.iterdir())), None) for folder in sorted(DRAWINGS.glob("*/"))]
-                examples = [str(file) for file in [PHOTO, *drawings] if file and file.is_file()]
+                drawings = [entry.path for folder in sorted(DRAWINGS.glob("*/")) for entry in walk_pictures(folder)[:1]]
+                examples = [path for path in [str(PHOTO), *drawings] if os.path.isfile(path)]
                 gr.Examples(examples, photo, examples_per_page=8)
             with gr.Column():
                 annotated = gr.Image(label="Faces", interactive=False, format="jpeg", height=400,
@@ -95,7 +98,8 @@ def find_port(host: str, wanted: int | None) -> int:
     """`wanted`, or the first free one from 7860 on. InputError where it is taken or `host` is wrong."""
     for port in [wanted] if wanted is not None else range(7860, 7960):
         with socket.socket() as server:
-            server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if os.name == "posix":  # where it allows a port that was used a moment ago; elsewhere one in use
+                server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
                 server.bind((host, port or -1))  # 0 would be any port
                 return port
@@ -117,9 +121,12 @@ def main(argv: list[str] | None = None) -> None:
     port = find_port(args.host, args.port)
     gr = load_gradio()
     model, _ = load_model(args.checkpoint, args.device)
+    for name in ("SIGTERM", "SIGHUP"):  # a closed terminal, a shutdown: the pictures are deleted then too
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.default_int_handler)
     with tempfile.TemporaryDirectory(prefix="emotion_page_") as folder:
         os.environ["GRADIO_TEMP_DIR"] = folder
-        page = build_page(gr, model, os.path.relpath(args.checkpoint))
+        page = build_page(gr, model, os.path.basename(args.checkpoint))
         page.launch(server_name=args.host, server_port=port, share=False, ssr_mode=False, quiet=True,
                     prevent_thread_lock=True, footer_links=[])  # fmt: skip
         print(f"open http://{args.host}:{port} in a browser; Ctrl-C ends", flush=True)

@@ -59,7 +59,7 @@ def test_every_format_is_written_and_compared(run, tmp_path):
     lines = out.splitlines()
     assert [line.partition(":")[0] for line in lines[:4]] == FILES
     for line in lines[:4]:
-        assert line.endswith("over 256 pictures")
+        assert line.endswith("over 256 pictures of noise")
         assert float(line.partition("probability ")[2].split()[0]) <= 1e-4
 
 
@@ -161,16 +161,56 @@ def test_other_networks(run, tmp_path, arch):
 def test_pictures_of_the_user_are_compared(run, folder, tmp_path):
     words = ("--checkpoint", folder / "model.pth", "--output-dir", tmp_path, "--formats", "torchscript")
     code, out, err = run(export_emotion, *words, "--data-dir", folder / "data")
-    assert code == 0 and "256 pictures" in out, err
+    assert code == 0 and "256 pictures, 12 of test/ and noise" in out, err
+
+
+def test_gray_folders_for_a_network_of_colours(run, folder, tmp_path):
+    """Such folders are kept with one channel, and the file eats three."""
+    write_checkpoint(tmp_path / "model.pth", arch="cnn6_rgb", names=NAMES)
+    words = ("--checkpoint", tmp_path / "model.pth", "--output-dir", tmp_path, "--formats", "onnx,safetensors")
+    code, out, err = run(export_emotion, *words, "--data-dir", folder / "data")
+    assert code == 0, err
+    reports = []
+    for name in ("model.pth", "emotion_model.onnx"):
+        code, out, err = run(evaluate_emotion, "--data-dir", folder / "data", "--checkpoint", tmp_path / name)
+        assert code == 0, err
+        reports.append(out)
+    assert reports[0] == reports[1]
+
+
+def test_config_of_another_program_stays(run, folder, tmp_path):
+    (tmp_path / "config.json").write_text('{"port": 80}')
+    words = ("--checkpoint", folder / "model.pth", "--output-dir", tmp_path, "--formats", "safetensors")
+    code, _, err = run(export_emotion, *words)
+    assert code == 2 and "config.json" in err and err.count("\n") == 1
+    assert (tmp_path / "config.json").read_text() == '{"port": 80}' and len(list(tmp_path.iterdir())) == 1
+
+
+def test_what_is_exported_names_no_folder_of_the_machine(run, tmp_path):
+    write_checkpoint(tmp_path / "model.pth", names=NAMES)
+    checkpoint = torch.load(tmp_path / "model.pth", weights_only=True)
+    torch.save(checkpoint | {"config": {"data_dir": "/home/me/faces", "epochs": 4}}, tmp_path / "model.pth")
+    words = ("--checkpoint", tmp_path / "model.pth", "--output-dir", tmp_path, "--formats", "safetensors")
+    assert run(export_emotion, *words)[0] == 0
+    assert "/home/me" not in (tmp_path / "config.json").read_text()
+
+
+def test_another_format_version_is_refused(run, folder, tmp_path):
+    content = (folder / "emotion_model.safetensors").read_bytes()
+    (tmp_path / "emotion_model.safetensors").write_bytes(content)
+    info = json.loads((folder / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(info | {"format_version": 2}))
+    code, _, err = run(predict_emotion, PORTRAIT, "--checkpoint", tmp_path / "emotion_model.safetensors")
+    assert code == 2 and err.count("\n") == 1 and "format 2" in err
 
 
 def test_different_answers_leave_no_file(run, folder, tmp_path, monkeypatch):
     """A file whose network was changed on the way is not kept, and an earlier one stays."""
 
     def write_wrong(deployed, info, path):
-        with torch.no_grad():
-            deployed.temperature = 2.5
-            exporting.write_torchscript(deployed, info, path)
+        wrong = exporting.Deployed(deployed.model)
+        wrong.temperature = 2.5
+        exporting.write_torchscript(wrong, info, path)
 
     monkeypatch.setitem(FORMATS, "torchscript", ("emotion_model.pt", (), write_wrong))
     (tmp_path / "emotion_model.pt").write_bytes(b"earlier")
@@ -279,7 +319,7 @@ def test_int8_is_smaller_and_measured(run, tmp_path):
     before = sorted(path.name for path in tmp_path.iterdir())
     code, out, err = run(export_emotion, *words, "--data-dir", tmp_path / "data", "--output-dir", tmp_path)
     assert code == 2 and err.count("\n") == 1 and "--max-drop" in err, (out, err)
-    assert sorted(path.name for path in tmp_path.iterdir()) == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == before  # the network itself is kept
 
 
 def test_torch_hub(tmp_path):

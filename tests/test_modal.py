@@ -76,13 +76,18 @@ class Folder:
             raise modal.exception.NotFoundError(path)
         for found in sorted((self.root / path).glob("**/*" if recursive else "*")):
             kind = SimpleNamespace(name="FILE" if found.is_file() else "DIRECTORY")
-            yield SimpleNamespace(path=str(found.relative_to(self.root)), type=kind, size=found.stat().st_size)
+            info = found.stat()
+            yield SimpleNamespace(path=str(found.relative_to(self.root)), type=kind, size=info.st_size,
+                                  mtime=int(info.st_mtime))  # fmt: skip
 
     def listdir(self, path, *, recursive=False):
         return list(self.iterdir(path, recursive=recursive))
 
     def read_file(self, path):
         yield from [(self.root / path).read_bytes()[:10], (self.root / path).read_bytes()[10:]]
+
+    def remove_file(self, path):
+        (self.root / path.strip("/")).unlink()
 
     def batch_upload(self, force=False):
         return contextlib.nullcontext(self)
@@ -98,11 +103,18 @@ def test_upload_and_download(example, tmp_path, monkeypatch):
     folder = Folder(tmp_path / "volume")
     monkeypatch.setattr(example, "volume", folder)
     source = draw_folder(tmp_path / "faces", COUNTS)
+    for path in source.glob("*/*"):
+        os.utime(path, (1, 1))
     assert example.upload(source, "data/faces/train") == 24
     assert example.upload(source, "data/faces/train") == 0
-    (source / "happy" / "happy_000.png").write_bytes(b"changed")
+    path = source / "happy" / "happy_000.png"
+    path.write_bytes(bytes(path.stat().st_size))  # of the same size
     assert example.upload(source, "data/faces/train") == 1
     assert folder.put[-1] == "/data/faces/train/happy/happy_000.png"
+    path.write_bytes(b"changed")
+    os.rename(source / "happy" / "happy_001.png", source / "angry" / "happy_001.png")
+    assert example.upload(source, "data/faces/train") == 3
+    assert not (tmp_path / "volume" / "data" / "faces" / "train" / "happy" / "happy_001.png").exists()
     there = tmp_path / "volume" / "data" / "faces" / "train"
     assert (there / "happy" / "happy_000.png").read_bytes() == b"changed" and len(list(there.glob("*/*"))) == 24
     run = tmp_path / "volume" / "runs" / "one"
@@ -134,6 +146,6 @@ def test_main_passes_flags_on_and_brings_results_back(example, tmp_path, monkeyp
     assert run_main(example, *folders, "--epochs", "3", "--arch", "cnn4_bn") == 0
     assert calls == [("faces", 1, ["--epochs", "3", "--arch", "cnn4_bn"])]
     assert (tmp_path / "out" / "metrics.json").read_text() == "{}"
-    assert "24 pictures uploaded" in capsys.readouterr().out
+    assert "24 pictures uploaded or removed" in capsys.readouterr().out
     assert run_main(example, "--data-dir", tmp_path / "nowhere") == 2
     assert "no folder" in capsys.readouterr().err

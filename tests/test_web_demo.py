@@ -73,8 +73,8 @@ def upload(page, path, message):
 
 
 def test_says_which_network_runs(page):
-    text = page.inner_text("body")
-    assert "seresnet13" in text and "weights/emotion_model.pth" in text and "not sent anywhere" in text
+    text = page.get_by_label("Network").input_value()
+    assert "seresnet13" in text and "emotion_model.pth" in text and "not sent anywhere" in page.inner_text("body")
 
 
 def test_uploaded_photo_gets_box_and_label_bar(page):
@@ -114,6 +114,16 @@ def test_example_picture(page):
 def test_page_asks_nobody_else(page, address):
     assert len(page.asked) > 10
     assert not [url for url in page.asked if not url.startswith((address, "data:", "blob:"))]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="sends a POSIX signal")
+def test_pictures_are_deleted_however_it_ends(tmp_path):
+    pytest.importorskip("gradio", reason="needs Gradio")
+    server = start("--port", free_port(), env={**os.environ, "TMPDIR": str(tmp_path)})
+    assert server.stdout.readline().startswith("open ") and list(tmp_path.glob("emotion_page_*"))
+    server.terminate()
+    server.communicate(timeout=60)
+    assert not list(tmp_path.glob("emotion_page_*"))
 
 
 @pytest.mark.parametrize("port", ["0", "70000", "taken"])
