@@ -1,0 +1,101 @@
+"""What holds for any input: InputSpec through a file, classes by name, augmentation at strength zero, decoding."""
+
+import json
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from augment import Strengths, augment
+from data import list_pictures
+from decoding import normalise, read_image, to_input
+from models import InputError, InputSpec, printable
+
+NUMBERS = st.floats(-10, 10, allow_nan=False)
+POSITIVE = st.floats(0.01, 10)
+SIDES = st.integers(8, 64)
+FOLDER_NAMES = st.lists(st.text("abcxyzÄß ", min_size=1, max_size=5).map(str.strip).filter(bool), min_size=1,
+                        max_size=6, unique_by=str.casefold)  # fmt: skip
+fast = settings(deadline=None, max_examples=50)
+
+
+@st.composite
+def specs(draw, sizes=SIDES):
+    channels = draw(st.sampled_from((1, 3)))
+    mean, std = (tuple(draw(st.lists(kind, min_size=channels, max_size=channels))) for kind in (NUMBERS, POSITIVE))
+    return InputSpec(draw(sizes), channels, mean, std, draw(st.booleans()) and channels == 3)
+
+
+@fast
+@given(specs(st.integers(8, 2048)))
+def test_spec_survives_a_file(spec):
+    assert InputSpec.from_dict(json.loads(json.dumps(spec.to_dict()))) == spec
+
+
+@fast
+@given(specs(), st.sampled_from(["image_size", "channels", "mean", "std", "gray"]))
+def test_spec_without_a_key_is_refused(spec, key):
+    values = spec.to_dict()
+    del values[key]
+    with pytest.raises(InputError):
+        InputSpec.from_dict(values)
+
+
+@fast
+@given(specs(), st.integers(1, 4), st.integers(0, 2**31))
+def test_augmentation_of_no_strength_is_preprocessing(spec, count, seed):
+    generator = torch.Generator().manual_seed(seed)
+    shape = (count, spec.stored_channels, spec.image_size, spec.image_size)
+    images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
+    assert torch.equal(augment(images, spec, Strengths(), generator), to_input(images, spec))
+
+
+@fast
+@given(specs(), st.integers(0, 2**31))
+def test_two_mirrors_are_none(spec, seed):
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randint(0, 256, (2, spec.stored_channels, spec.image_size, spec.image_size), dtype=torch.uint8,
+                           generator=generator)  # fmt: skip
+    once = augment(images, spec, Strengths(flip=1.0), generator)
+    largest = 1e-3 * (1 + max(map(abs, spec.mean))) / min(spec.std)
+    assert torch.allclose(once.flip(-1), to_input(images, spec), atol=largest)
+
+
+@fast
+@given(specs(), st.floats(0, 1))
+def test_normalise_is_undone_by_its_inverse(spec, value):
+    images = torch.full((1, spec.stored_channels, 4, 4), value)
+    mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in (spec.mean, spec.std))
+    assert torch.allclose(normalise(images, spec) * std + mean, images.expand(-1, spec.channels, -1, -1), atol=1e-4)
+
+
+@fast
+@given(FOLDER_NAMES, st.randoms(use_true_random=False))
+def test_classes_are_matched_by_name_in_any_order(names, rng):
+    with tempfile.TemporaryDirectory() as folder:
+        for name in names:
+            Path(folder, name).mkdir()
+            Image.new("L", (8, 8)).save(Path(folder, name, "a.png"))
+        order = rng.sample(names, len(names))
+        found = {Path(picture.path).parent.name: order[picture.label] for picture in list_pictures(folder, order)}
+        assert found == {name: name for name in names}
+
+
+@fast
+@given(st.integers(1, 80), st.integers(1, 80), st.sampled_from(["L", "RGB", "RGBA", "LA", "P", "CMYK", "1"]), specs())
+def test_any_picture_becomes_what_the_network_stores(width, height, mode, spec):
+    pixels = np.random.default_rng(width).integers(0, 256, (height, width, 4), dtype=np.uint8)
+    image = Image.fromarray(pixels, "RGBA")
+    picture = read_image((image.convert("RGB") if mode == "CMYK" else image).convert(mode), spec)
+    assert picture.shape == (spec.stored_channels, spec.image_size, spec.image_size) and picture.dtype == np.uint8
+
+
+@fast
+@given(st.text())
+def test_what_is_printed_has_no_control_characters(text):
+    assert printable(text).isprintable()
