@@ -1028,3 +1028,32 @@ def test_deterministic(data, tmp_path):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "set True False"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="limits files with ulimit")
+def test_disk_full_while_saving_keeps_the_last_checkpoint(data, run, tmp_path):
+    words = ["--data-dir", data, "--output-dir", tmp_path / "out", "--cache-dir", tmp_path / "cache", *SMALL]
+    assert run(*words, "--epochs", "1")[0] == 0
+    before = {name: (tmp_path / "out" / name).read_bytes() for name in (BEST_NAME, FINAL_NAME)}
+    words = [*map(str, words), "--epochs", "3", "--resume"]
+    command = shlex.join([sys.executable, SCRIPT, *words])
+    done = subprocess.run(["bash", "-c", f"ulimit -f 2000; {command}"], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.count("\n") == 1 and "can't write" in done.stderr and "emotion_model.pth" in done.stderr
+    assert {name: (tmp_path / "out" / name).read_bytes() for name in before} == before
+    assert not [path for path in (tmp_path / "out").iterdir() if path.suffix == ".tmp"]
+
+
+@posix_only
+def test_output_folder_removed_while_running(data, tmp_path):
+    words = ["--data-dir", data, "--output-dir", tmp_path / "out", "--cache-dir", tmp_path / "cache", *SMALL]
+    process = subprocess.Popen([sys.executable, "-u", SCRIPT, *map(str, words), "--epochs", "1000"],
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)  # fmt: skip
+    for line in process.stdout:
+        if line.startswith("epoch 2/"):
+            break
+    os.rename(tmp_path / "out", tmp_path / "elsewhere")
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 2 and err.count("\n") == 1 and "can't write" in err, err
+    for name in (BEST_NAME, FINAL_NAME):
+        load(tmp_path / "elsewhere" / name)
