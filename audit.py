@@ -15,7 +15,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from data import find_classes, walk_pictures
-from decoding import in_chunks, read_image
+from decoding import READABLE, in_chunks, read_image
 from models import InputError, InputSpec, printable
 
 SIDE = 32  # pixels of the gray copies that are compared
@@ -43,7 +43,7 @@ def _look_at(path: str) -> tuple[str, str, np.ndarray] | str:
     try:
         gray = read_image(path, InputSpec(image_size=SIDE))[0]
         content = Path(path).read_bytes()
-        with Image.open(path) as image:
+        with Image.open(path, formats=READABLE) as image:
             kind = f"{image.mode} {image.width} x {image.height}"
         return hashlib.blake2b(content, digest_size=16).hexdigest(), kind, gray
     except (InputError, OSError) as error:
@@ -116,15 +116,36 @@ class _Groups:
         return [group for group in members.values() if len(group) > 1]
 
 
-def _group(files: list[tuple[str, str, str]], digests: list[str], gray: np.ndarray) -> list[dict]:
-    """Groups of copies, the worst first: across splits, then under two labels, then the largest."""
-    groups, first = _Groups(len(files)), {}
-    is_blank = gray.std((1, 2)) < BLANK  # nothing is near to everything
+def _link(files: list[tuple[str, str, str]], digests: list[str], gray: np.ndarray, blank: np.ndarray) -> tuple:
+    """(groups of copies, the worst first; positions outside train that stand in it, byte for byte and near).
+
+    Of identical files one is compared with the others. A picture stands in train where it is near one there itself;
+    a group holds all that is near to one another, also through others.
+    """
+    same: dict[str, list[int]] = {}
     for position, digest in enumerate(digests):
-        groups.join(first.setdefault(digest, position), position)
-    positions = np.flatnonzero(~is_blank)
-    for one, other in find_near_pairs(gray[positions]):
-        groups.join(positions[one].item(), positions[other].item())
+        same.setdefault(digest, []).append(position)
+    groups = _Groups(len(files))
+    for members in same.values():
+        for position in members[1:]:
+            groups.join(members[0], position)
+    firsts = np.array([members[0] for members in same.values()])
+    firsts = firsts[~blank[firsts]]  # nothing is near to everything
+
+    def split(positions: list[int]) -> tuple[list[int], list[int]]:
+        inside = [position for position in positions if files[position][1] == "train"]
+        return inside, [position for position in positions if files[position][1] != "train"]
+
+    identical, near = set(), set()
+    for members in same.values():
+        inside, outside = split(members)
+        identical.update(outside if inside else ())
+    for one, other in find_near_pairs(gray[firsts]):
+        first, second = firsts[one].item(), firsts[other].item()
+        groups.join(first, second)
+        (inside, outside), (inside2, outside2) = split(same[digests[first]]), split(same[digests[second]])
+        near.update(outside if inside2 else ())
+        near.update(outside2 if inside else ())
     found = []
     for members in groups.groups():
         rows = [files[position] for position in members]
@@ -133,15 +154,23 @@ def _group(files: list[tuple[str, str, str]], digests: list[str], gray: np.ndarr
             "splits": sorted({split for _, split, _ in rows}),
             "classes": sorted({class_name for _, _, class_name in rows}),
             "files": [path for path, _, _ in rows],
+            "labels": [f"{split}/{class_name}" for _, split, class_name in rows],
         })  # fmt: skip
-    return sorted(found, key=lambda group: (-len(group["splits"]), -len(group["classes"]), -len(group["files"])))
+    found.sort(key=lambda group: (-len(group["splits"]), -len(group["classes"]), -len(group["files"])))
+    return found, identical, near | identical
+
+
+def _spread(gray: np.ndarray) -> np.ndarray:
+    """Standard deviation of each picture, uint8 (N, SIDE, SIDE) -> (N,)."""
+    parts = [part.std((1, 2)) for part in np.array_split(gray, 1 + len(gray) // 4096)]
+    return np.concatenate(parts)
 
 
 def audit(folder: str | Path) -> dict:
     """All that is found, as plain values: see format_audit for what it says.
 
-    "leaks" counts the pictures of val and test that stand in train too: "identical" byte for byte, "near" all copies.
-    Raises InputError for a folder without pictures.
+    "leaks" counts the pictures of val and test that stand in train too: "identical" byte for byte, "near" those and
+    the near-identical ones. Raises InputError for a folder without pictures.
     """
     files = list_files(folder)
     readable, unreadable, digests, kinds, gray = [], [], [], Counter(), []
@@ -158,28 +187,26 @@ def audit(folder: str | Path) -> dict:
                 gray.append(result[2])
             bar.update(len(results))
     gray = np.array(gray, np.uint8).reshape(-1, SIDE, SIDE)
-    groups = _group(readable, digests, gray)
+    blank = _spread(gray) < BLANK
+    groups, identical, near = _link(readable, digests, gray, blank)
     counts: dict[str, dict[str, int]] = {}
     for _, split, class_name in files:
         counts.setdefault(split, {}).setdefault(class_name, 0)
         counts[split][class_name] += 1
-    split_of = {path: split for path, split, _ in readable}
-    digest_of = dict(zip((path for path, _, _ in readable), digests, strict=True))
-    trained = {digest for digest, (_, split, _) in zip(digests, readable, strict=True) if split == "train"}
-    leaks = {split: {"identical": 0, "near": 0} for split in counts if split != "train" and "train" in counts}
-    for group in groups:
-        for path in group["files"] if "train" in group["splits"] else ():
-            if split_of[path] != "train":
-                leaks[split_of[path]]["near"] += 1
-                leaks[split_of[path]]["identical"] += digest_of[path] in trained
+    leaks = {}
+    for split in counts if "train" in counts else ():
+        if split != "train":
+            own = [sum(readable[position][1] == split for position in leaked) for leaked in (identical, near)]
+            leaks[split] = dict(zip(("identical", "near"), own, strict=True))
     return {
         "folder": str(folder),
         "count": len(files),
         "counts": counts,
         "kinds": dict(kinds.most_common()),
         "unreadable": unreadable,
-        "blank": [readable[position][0] for position in np.flatnonzero(gray.std((1, 2)) < BLANK)],
+        "blank": [readable[position][0] for position in np.flatnonzero(blank)],
         "leaks": leaks,
+        "copies": len(digests) - len(set(digests)),
         "groups": groups,
     }
 
@@ -213,10 +240,11 @@ def format_audit(found: dict, most: int = 20) -> str:
     for split, count in found["leaks"].items():
         lines.append(f"{printable(split)}/ pictures that stand in train/ too: {count['identical']:,} byte for byte, "
                      f"{count['near']:,} with near-identical ones")  # fmt: skip
-    for kind, name in (("identical", "identical"), ("near", "near-identical")):
+    lines.append(f"copies of another picture, byte for byte: {found['copies']:,}")
+    for kind, name in (("identical", "identical pictures"), ("near", "near-identical pictures, with their copies")):
         own = [group for group in groups if group["kind"] == kind]
         size = sum(len(group["files"]) for group in own)
-        lines.append(f"groups of {name} pictures: {len(own):,}, of {size:,} pictures")
+        lines.append(f"groups of {name}: {len(own):,}, of {size:,} pictures")
     lines.append(f"groups under more than one label: {len(conflicts):,}")
     lines += listed([" = ".join(group["files"][:4]) + " ..." * (len(group["files"]) > 4) for group in conflicts])
     return "\n".join(lines) + "\n"
@@ -228,7 +256,7 @@ def draw_groups(found: dict, path: Path, *, rows: int = 12, columns: int = 6) ->
 
     chosen = []
     for group in found["groups"][:rows]:
-        names, seen = ["/".join(Path(file).parts[-3:-1]) for file in group["files"]], Counter()
+        names, seen = [printable(label) for label in group["labels"]], Counter()
         ranks = []
         for name in names:
             ranks.append(seen[name])
@@ -236,4 +264,4 @@ def draw_groups(found: dict, path: Path, *, rows: int = 12, columns: int = 6) ->
         best = sorted(range(len(names)), key=ranks.__getitem__)[:columns]
         pictures = [read_image(group["files"][number], InputSpec(image_size=96))[0] for number in best]
         chosen.append(list(zip(pictures, [names[number] for number in best], strict=True)))
-    plot_rows(chosen, path, title=f"The worst groups of copies in {Path(found['folder']).resolve().name}")
+    plot_rows(chosen, path, title=f"The worst groups of copies in {printable(Path(found['folder']).resolve().name)}")

@@ -5,6 +5,7 @@
 """
 
 import contextlib
+import math
 import os
 import pickle
 import time
@@ -16,7 +17,7 @@ import torch
 from torch import nn
 
 from finetuning import load_backbone
-from models import InputError, InputSpec, create_model, head_prefix, printable
+from models import InputError, InputSpec, create_model, head_prefix, list_archs, printable
 
 FORMAT_VERSION = 1
 MAX_CLASSES = 10_000
@@ -176,15 +177,22 @@ def check_info(checkpoint: dict, path: str | Path) -> dict:
     for key, kind in _TYPES.items():
         if not isinstance(checkpoint.get(key), kind):
             raise InputError(f"{path} is damaged: its {key!r} is missing or no {kind.__name__}")
+    if checkpoint["arch"] not in list_archs():
+        raise InputError(f"{path} is of the unknown arch {checkpoint['arch']!r}; known are {', '.join(list_archs())}")
+    if not 0 < checkpoint["temperature"] < math.inf:
+        raise InputError(f"{path} is damaged: its temperature is {checkpoint['temperature']}")
     if not all(isinstance(value, int | float) for value in checkpoint["metrics"].values()):
         raise InputError(f"{path} is damaged: its metrics are not all numbers")
+    if not all(isinstance(key, str) and key.isprintable() for key in (*checkpoint["metrics"], *checkpoint["config"])):
+        raise InputError(f"{path} is damaged: its metrics and config are not all named by printable text")
     names = checkpoint["class_names"]
     if len(names) > MAX_CLASSES:
         raise InputError(f"{path} has {len(names):,} classes, more than the {MAX_CLASSES:,} that are allowed")
     if not all(isinstance(name, str) and name.isprintable() for name in names):
         raise InputError(f"{path} is damaged: its class_names are not all printable text")
     if len(set(names)) != checkpoint["num_classes"] or len(names) != checkpoint["num_classes"]:
-        raise InputError(f"{path} is damaged: {checkpoint['num_classes']} classes, but class_names are {names}")
+        found = f"{len(names)} names, {len(set(names))} of them different"
+        raise InputError(f"{path} is damaged: {checkpoint['num_classes']} classes, but {found}")
     return checkpoint
 
 
@@ -268,6 +276,8 @@ def _load_matching(
         if keep_last:
             replaced = {key: value for key, value in replaced.items() if value.shape != state_dict[key].shape}
         model.load_state_dict({**state_dict, **replaced})
+        if not all(value.isfinite().all() for value in model.state_dict().values()):
+            raise InputError(f"--weights {path} is damaged: it holds values that are no finite numbers")
     except (RuntimeError, KeyError, AttributeError) as error:
         reason = " ".join(str(error).split())[:300]
         raise InputError(f"--weights {path} doesn't fit --arch {model.arch}: {reason}") from None

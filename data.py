@@ -130,6 +130,11 @@ def is_sample_set(paths: list[str]) -> bool:
     return all(os.path.basename(path).startswith(SAMPLE_PREFIX) for path in paths)
 
 
+def hash_pixels(picture: np.ndarray) -> str:
+    """16 hexadecimal digits of a contiguous uint8 array."""
+    return hashlib.blake2b(picture, digest_size=8).hexdigest()
+
+
 class FolderImages:
     """A folder of class folders, decoded once, as one uint8 array that is memory-mapped from the cache.
 
@@ -228,7 +233,8 @@ class FolderImages:
         trailer, crc = {"unreadable": {}, "digests": []}, 0
         file.seek(0)
         file.truncate()
-        with tqdm(total=len(listed), desc=f"decoding {self.folder.name}", unit="img", leave=False, disable=None) as bar:
+        title = f"decoding {printable(self.folder.name)}"
+        with tqdm(total=len(listed), desc=title, unit="img", leave=False, disable=None) as bar:
             size = min(256, 1 + _CHUNK_BYTES // (channels * self.spec.image_size**2))
             paths = [picture.path for picture in listed]
             for start, results in in_chunks(paths, lambda chunk: decode_paths(chunk, self.spec, channels), size):
@@ -238,7 +244,7 @@ class FolderImages:
                     if isinstance(result, str):
                         trailer["unreadable"][str(row)] = result
                         continue
-                    trailer["digests"].append(hashlib.blake2b(result, digest_size=8).hexdigest())
+                    trailer["digests"].append(hash_pixels(result))
                     crc = zlib.crc32(result, crc)
                     file.write(result)
                 bar.update(len(results))

@@ -19,6 +19,8 @@ from PIL import ExifTags, Image, ImageOps
 
 from models import InputError, InputSpec, printable
 
+READABLE = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM")  # Pillow knows others, some of which start programs
+MAX_BYTES = 512 * 2**20
 MAX_PIXELS = 100_000_000  # pictures of more are refused before decoding: they would take over 300 MB each
 _GRAY_MODES = {"1", "L", "LA", "La", "I", "I;16", "I;16B", "I;16L", "I;16N"}
 _SMALL_FILE = 5_000  # bytes; measured: two threads decode smaller pictures slower than one
@@ -48,7 +50,7 @@ def _named_errors(source):
     """Makes an InputError of whatever goes wrong, with the name of `source` where it is a file."""
     try:
         yield
-    except InputError:
+    except (InputError, MemoryError):
         raise
     except Exception as error:  # decoders raise anything from SyntaxError to struct.error on damaged files
         name = printable(source) if isinstance(source, str | os.PathLike) else "the picture"
@@ -70,8 +72,10 @@ def _open(source) -> Image.Image:
         raise ValueError("it is not a regular file")
     if info.st_size == 0:
         raise ValueError("the file is empty")
+    if info.st_size > MAX_BYTES:
+        raise ValueError(f"its {info.st_size:,} bytes are more than the {MAX_BYTES:,} that are allowed")
     with open(source, "rb", buffering=0) as file:
-        image = Image.open(io.BytesIO(file.read()))
+        image = Image.open(io.BytesIO(file.read()), formats=READABLE)
     if image.width * image.height > MAX_PIXELS:
         raise ValueError(f"{image.width} x {image.height} pixels are more than the {MAX_PIXELS:,} that are allowed")
     return image
@@ -91,7 +95,8 @@ def _to_upright(image: Image.Image, channels: int) -> Image.Image:
     if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
         image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):  # 16 bits, which Pillow's own conversion would clip at 255 instead of scaling
-        pixels = np.asarray(image).astype(np.int64).clip(0, 65535) >> 8
+        pixels = np.asarray(image)
+        pixels = (pixels if pixels.dtype.itemsize == 2 else pixels.clip(0, 65535)) >> 8
         image = Image.fromarray(pixels.astype(np.uint8))
     elif image.mode == "F":
         raise ValueError("floating-point pixels have no agreed range; save it with 8 bits a channel")
@@ -134,6 +139,8 @@ def decode_paths(paths: list[str], spec: InputSpec, channels: int) -> list:
             if channels < spec.stored_channels and image.mode not in _GRAY_MODES:
                 return [None]
             results.append(_to_pixels(image, spec, channels))
+        except MemoryError:
+            raise
         except Exception as error:  # as in read_image
             results.append(printable(error).split(" <", 1)[0] if str(error) else type(error).__name__)
     return results

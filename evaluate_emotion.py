@@ -49,7 +49,9 @@ def load_split(args: argparse.Namespace, model, config: dict) -> tuple[FolderIma
     shares_train = args.split != "test" and os.path.isdir(root / "train") and not os.path.isdir(root / "val")
     if shares_train:
         data = FolderImages(root / "train", model.input_spec, **options)
-        train_rows, val_rows = split_train_val(data.labels, data.digests, config["val_fraction"], config["seed"])
+        train_rows, val_rows = split_train_val(
+            data.labels, data.digests, config.get("val_fraction", 0.1), config.get("seed", 0)
+        )
         return data, val_rows if args.split == "val" else train_rows, args.split
     if os.path.isdir(root / args.split):
         data, name = FolderImages(root / args.split, model.input_spec, **options), args.split

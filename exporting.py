@@ -158,7 +158,10 @@ def read_exported(path: str | Path, *, trust: bool = False) -> tuple[nn.Module, 
             raise InputError(f"{path} was not made by export_emotion.py: it holds no class names")
         info = check_info(info, path)
         model = _Program(run, info) if callable(run) else build_model({**info, "state_dict": run}, path)
-        return model.eval(), info
+        model.eval()
+        if callable(run):
+            _try_out(model, path)
+        return model, info
     except InputError:
         raise
     except ImportError as error:
@@ -166,6 +169,15 @@ def read_exported(path: str | Path, *, trust: bool = False) -> tuple[nn.Module, 
     except Exception as error:  # what these readers raise on foreign or damaged bytes is not documented, and varies
         reason = printable(" ".join(str(error).split())[:200]) or type(error).__name__
         raise InputError(f"{path} can't be read as {path.suffix}: {reason}") from None
+
+
+@torch.inference_mode()
+def _try_out(model: _Program, path: Path) -> None:
+    """InputError where two black pictures don't give the probabilities of two pictures."""
+    spec = model.input_spec
+    probs = model.probs(torch.zeros(2, spec.stored_channels, spec.image_size, spec.image_size, dtype=torch.uint8))
+    if probs.shape != (2, model.num_classes) or not probs.isfinite().all():
+        raise InputError(f"{path} is damaged: it gives no probabilities of {model.num_classes} classes")
 
 
 def _read_onnx(path: Path):

@@ -51,7 +51,7 @@ MAX_PICTURE_BYTES = 64 * 2**20
 
 # what a file that can't be read or written and a damaged or encrypted archive or table raise
 FILE_ERRORS = (OSError, zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError, csv.Error, EOFError,
-               RuntimeError, UnicodeError)
+               RuntimeError, ValueError)
 BY_HAND = "download https://www.kaggle.com/datasets/msambare/fer2013 by hand and pass the zip"
 
 
@@ -78,7 +78,7 @@ def list_members(source: Path) -> Iterator[tuple[str, Callable[[], BufferedIOBas
         for path in sorted(source.iterdir()):
             if path.is_dir():
                 yield from ((f"{path.name}/{name}", open_member) for name, open_member in list_members(path))
-            else:
+            elif path.is_file():  # a pipe would be waited for
                 yield path.name, lambda path=path: path.open("rb")
     elif file_name.endswith(".csv"):
         yield source.name, lambda: source.open("rb")
@@ -242,6 +242,8 @@ def import_fer2013(source: Path | None, target: Path) -> tuple[Counter, str | No
             return counts, undecided
         finally:  # of an error or Ctrl-C; after success no picture is left in it
             shutil.rmtree(partial, ignore_errors=True)
+    except InputError:
+        raise
     except FILE_ERRORS as error:
         raise InputError(f"can't import {source} into {target}: {error}") from error
 
@@ -279,8 +281,10 @@ def audit_folder(folder: Path, output_dir: Path) -> None:
 
     from audit import audit, draw_groups, format_audit
 
-    make_output_dir(output_dir)
+    if output_dir.resolve().parent == folder.resolve() and not any((folder / name).is_dir() for name in SPLITS):
+        raise InputError(f"--output-dir {output_dir} would be taken for a class of {folder}; choose another")
     found = audit(folder)
+    make_output_dir(output_dir)
     report = format_audit(found)
     files = {
         "audit.txt": lambda path: path.write_text(report, encoding="utf-8"),

@@ -132,10 +132,10 @@ def _describe_copies(metrics: dict) -> list[str]:
 def result_files(metrics: dict) -> dict[str, Callable[[Path], object]]:
     """The files that measuring makes: name to a function that writes it to a path."""
     return {
+        "metrics.json": lambda path: path.write_text(json.dumps(metrics, indent=1), encoding="utf-8"),
+        "classification_report.txt": lambda path: path.write_text(format_report(metrics), encoding="utf-8"),
         "confusion_matrix.png": lambda path: plot_confusion_matrix(metrics, path),
         "reliability.png": lambda path: plot_reliability(metrics, path),
-        "classification_report.txt": lambda path: path.write_text(format_report(metrics), encoding="utf-8"),
-        "metrics.json": lambda path: path.write_text(json.dumps(metrics, indent=1), encoding="utf-8"),
     }
 
 
@@ -174,20 +174,25 @@ def plot_history(history: list[dict], path: str | Path, *, title: str) -> None:
 
 
 def plot_confusion_matrix(metrics: dict, path: str | Path) -> None:
-    """Rows are true classes; colour and percent are shares of the row, below them the number of pictures."""
+    """Rows are true classes; colour and percent are shares of the row, below them the number of pictures.
+
+    Of more than 30 classes only the colours are drawn.
+    """
     matrix, names = np.array(metrics["confusion_matrix"]), metrics["class_names"]
     shares = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
-    side = max(5.0, 1.5 + 0.85 * len(names))
+    is_small = len(names) <= 30
+    side = max(5.0, 1.5 + 0.85 * len(names)) if is_small else 25.0
     figure = _figure(side + 1, side)
     axes = figure.subplots()
     image = axes.imshow(100 * shares, cmap="Blues", vmin=0, vmax=100)
-    for row, column in np.ndindex(*matrix.shape):
+    for row, column in np.ndindex(*matrix.shape) if is_small else ():
         text = f"{100 * shares[row, column]:.0f}%\n{matrix[row, column]:,}"
         colour = "white" if shares[row, column] > 0.55 else "black"
         axes.text(column, row, text, ha="center", va="center", color=colour, fontsize=9)
     names = [_plain(name if len(name) <= 24 else name[:23] + "…") for name in names]
-    axes.set_xticks(range(len(names)), names, rotation=45, ha="right")
-    axes.set_yticks(range(len(names)), names)
+    places = range(0, len(names), -(-len(names) // 60))
+    axes.set_xticks(places, names[:: places.step], rotation=45, ha="right")
+    axes.set_yticks(places, names[:: places.step])
     name = f"{metrics['arch']}, " if "arch" in metrics else ""
     accuracy = f"accuracy {100 * metrics['accuracy']:.1f}% on {metrics['count']:,} pictures"
     title = f"{name}{_plain(metrics['split'])}: {accuracy}"

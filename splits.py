@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data import SAMPLE_SET, FolderImages, is_sample_set
+from data import SAMPLE_SET, FolderImages, hash_pixels, is_sample_set
 from distributed import ALONE, Group
 from models import InputError, InputSpec, printable
 
@@ -184,8 +184,16 @@ def find_copies(train: FolderImages, other: FolderImages | None) -> np.ndarray |
     """bool (N,), True where a picture of `other` stands in train too, pixel for pixel."""
     if other is None:
         return None
-    known = set(train.digests)
-    return np.array([digest in known for digest in other.digests])
+    channels = max(train.images.shape[1], other.images.shape[1])
+    known = set(_digests_of(train, channels))
+    return np.array([digest in known for digest in _digests_of(other, channels)])
+
+
+def _digests_of(data: FolderImages, channels: int) -> list[str]:
+    """The digests as they would be with so many channels: a gray set has one, and three in the company of colours."""
+    if data.images.shape[1] == channels:
+        return data.digests
+    return [hash_pixels(np.repeat(picture, channels, 0)) for picture in data.images]
 
 
 def warn_of_copies(part: FolderImages | None, copies: np.ndarray | None) -> list[str]:

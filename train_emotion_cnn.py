@@ -165,7 +165,8 @@ def settle_resumed(given: dict, path: Path) -> tuple[dict, dict]:
     checkpoint = read_checkpoint(path)
     if "optimizer" not in checkpoint:
         raise InputError(f"--resume: {path} can't be resumed; pass the {FINAL_NAME} that stands beside it")
-    config = {**DEFAULTS, "output_dir": str(path.parent), **checkpoint["config"]}
+    kept = {name: value for name, value in checkpoint["config"].items() if name in DEFAULTS}
+    config = {**DEFAULTS, **kept, "output_dir": str(path.parent)}
     for name, value in given.items():
         if name in FREE_ON_RESUME:
             continue

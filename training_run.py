@@ -166,6 +166,9 @@ class Run:
             ) from None
         logits, labels = self.measure(self.validated_model, self.splits.val, self.group)
         val_loss, val_acc = loss_and_accuracy(to_log_probs(logits), labels)
+        if not math.isfinite(val_loss):  # by the epoch's last update, which no training loss saw
+            raise InputError(f"epoch {number}: the validation loss became {val_loss} at learning rate {lr:g}; try a "
+                             "lower --lr or --clip-grad 1 (checkpoints of earlier epochs stay)")  # fmt: skip
         if self.settings["schedule"] == "plateau":
             self.step.scheduler.step(val_loss)
         row = {"epoch": number, "lr": lr, "train_loss": done["loss"], "train_acc": done["acc"]}
@@ -272,6 +275,21 @@ class Run:
             raise InputError(f"--resume: {BEST_NAME} is missing beside {path}; put it back or train anew")
         if not _is_same_run(read_checkpoint(best), checkpoint):
             raise InputError(f"--resume: {best} is of another run than {path}; put the right one back or train anew")
+        try:
+            self._load(checkpoint)
+        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise InputError(f"--resume: {path} is damaged, or of another version of torch: {reason}") from None
+        self.group.check_same((self.epoch, self.best), "checkpoint to resume")
+        if not self.group.is_main:
+            return
+        if best.parent.resolve() != self.output_dir.resolve():
+            self._keep_previous_best()
+            copy_file(best, self.output_dir / BEST_NAME)
+        if path.resolve() != (self.output_dir / FINAL_NAME).resolve():
+            copy_file(path, self.output_dir / FINAL_NAME)
+
+    def _load(self, checkpoint: dict) -> None:
         step = self.step
         self.model.load_state_dict(checkpoint["train_state_dict"])
         step.optimizer.load_state_dict(checkpoint["optimizer"])
@@ -281,14 +299,6 @@ class Run:
                 part.load_state_dict(checkpoint[name])
         self.epoch, self.history, self.best = checkpoint["epoch"], checkpoint["history"], checkpoint["best_metric"]
         self.saved_epoch, self.since_best = self.epoch, checkpoint["early_stopping"]["since_best"]
-        self.group.check_same((self.epoch, self.best), "checkpoint to resume")
-        if not self.group.is_main:
-            return
-        if best.parent.resolve() != self.output_dir.resolve():
-            self._keep_previous_best()
-            copy_file(best, self.output_dir / BEST_NAME)
-        if path.resolve() != (self.output_dir / FINAL_NAME).resolve():
-            copy_file(path, self.output_dir / FINAL_NAME)
 
 
 def _is_same_run(one: dict, other: dict) -> bool:

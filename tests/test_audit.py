@@ -113,3 +113,24 @@ def test_mistakes_are_one_line(tmp_path, capsys):
         assert code == 2 and err.count("\n") == 1 and word in err
     with pytest.raises(InputError):
         audit(tmp_path / "empty")
+
+
+def test_a_chain_is_one_group_but_leaks_are_pairs(folder):
+    """a is near b, and b near c, but a is not near c: of a chain, only what is near a training picture leaks."""
+    base = np.asarray(draw_picture(500, 96).convert("L")).astype(float)
+    other = np.asarray(draw_picture(501, 96).convert("L")).astype(float)
+    shares = {"train": 0.0, "val": 0.09, "test": 0.17}
+    for split, share in shares.items():
+        (folder / split / "happy").mkdir(parents=True, exist_ok=True)
+        picture = Image.fromarray(((1 - share) * base + share * other).astype(np.uint8))
+        picture.save(folder / split / "happy" / "chain.png")
+    found = audit(folder)
+    (group,) = found["groups"]
+    assert len(group["files"]) == 3 and group["kind"] == "near"
+    assert found["leaks"] == {"val": {"identical": 0, "near": 1}, "test": {"identical": 0, "near": 0}}
+
+
+def test_output_folder_is_no_class(tmp_path, capsys):
+    draw_folder(tmp_path / "faces", {"happy": 2, "sad": 2})
+    code, _, err = run(capsys, tmp_path / "faces", "--output-dir", tmp_path / "faces" / "audit")
+    assert code == 2 and "--output-dir" in err and not (tmp_path / "faces" / "audit").exists()

@@ -491,3 +491,21 @@ def test_files_without_permission():
     assert "can't write" in write and "model.pth" in write
     assert rest == "model.pth {'some': 'thing'}"
     assert "model.pth" in unreachable and "\n" not in unreachable
+
+
+@pytest.mark.parametrize("change", [
+    {"metrics": {"\x1b]0;title\x07": 1.0}}, {"config": {"\x1b[2J": 1}}, {"config": {5: 1}}, {"arch": "\x1b[31m"},
+    {"temperature": 0.0}, {"temperature": float("nan")}, {"temperature": -1.0}, {"temperature": float("inf")},
+])  # fmt: skip
+def test_what_would_be_printed_or_divided_by_is_checked(saved, change):
+    path, checkpoint = saved
+    save_checkpoint(checkpoint | change, path)
+    assert "\x1b" not in refusal(path)
+
+
+def test_weights_for_training_that_are_no_numbers_are_refused(saved):
+    path, checkpoint = saved
+    next(iter(checkpoint["state_dict"].values())).fill_(float("nan"))
+    save_checkpoint(checkpoint, path)
+    with pytest.raises(InputError, match="no finite numbers"):
+        load_initial_weights(tiny(), path)

@@ -833,3 +833,25 @@ def test_normalise_is_mean_and_std_of_each_channel(stored, channels):
     images = torch.rand(4, stored, 48, 48)
     mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in (spec.mean, spec.std))
     assert torch.equal(normalise(images, spec), (images - mean) / std)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="puts a program on the path")
+def test_no_decoder_starts_a_program(tmp_path, monkeypatch):
+    """Pillow reads EPS by Ghostscript, whatever the file is called."""
+    program = tmp_path / "bin" / "gs"
+    program.parent.mkdir()
+    program.write_text(f"#!/bin/sh\ntouch {tmp_path / 'started'}\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(program.parent), prepend=os.pathsep)
+    content = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 48 48\n%%EndComments\n{} loop\n%%EOF\n"
+    (tmp_path / "photo.jpg").write_bytes(content)
+    with pytest.raises(InputError, match="photo.jpg"):
+        read_image(tmp_path / "photo.jpg", InputSpec())
+    assert not (tmp_path / "started").exists()
+
+
+def test_huge_files_are_refused_before_they_are_read(tmp_path):
+    with open(tmp_path / "huge.png", "wb") as file:
+        file.truncate(2**40)  # sparse: it takes no room
+    with pytest.raises(InputError, match="huge.png"):
+        read_image(tmp_path / "huge.png", InputSpec())

@@ -332,3 +332,16 @@ def test_torch_hub(tmp_path):
                           timeout=300)  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["seresnet13", "7", "False"]
+
+
+def test_a_file_that_gives_something_else_is_refused(run, folder, tmp_path):
+    """Its metadata promise four classes, its network has three."""
+    import onnx
+
+    program = onnx.load(folder / "emotion_model.onnx")
+    info = json.loads(next(prop.value for prop in program.metadata_props if prop.key == "emotion.json"))
+    info |= {"num_classes": 4, "class_names": [*NAMES, "surprise"]}
+    onnx.helper.set_model_props(program, {"emotion.json": json.dumps(info)})
+    onnx.save(program, tmp_path / "emotion_model.onnx")
+    code, _, err = run(predict_emotion, PORTRAIT, "--checkpoint", tmp_path / "emotion_model.onnx")
+    assert code == 2 and err.count("\n") == 1 and "4 classes" in err

@@ -267,3 +267,12 @@ def test_accuracy_without_copies():
     options["copies"] = np.zeros(5, bool)
     metrics = compute_metrics(np.array(labels), log_probs_of(preds, 3), ["a", "b", "c"], **options)
     assert "without_copies" not in metrics and "stand in train" not in format_report(metrics)
+
+
+def test_confusion_matrix_of_many_classes_has_a_limited_size(tmp_path):
+    names = [f"class {number}" for number in range(200)]
+    labels = np.arange(200)
+    metrics = compute_metrics(labels, log_probs_of(labels, 200), names, split="test")
+    reports.plot_confusion_matrix(metrics, tmp_path / "matrix.png")
+    with Image.open(tmp_path / "matrix.png") as image:
+        assert max(image.size) < 5000

@@ -1057,3 +1057,31 @@ def test_output_folder_removed_while_running(data, tmp_path):
     assert process.returncode == 2 and err.count("\n") == 1 and "can't write" in err, err
     for name in (BEST_NAME, FINAL_NAME):
         load(tmp_path / "elsewhere" / name)
+
+
+def test_weights_that_end_an_epoch_as_no_numbers_are_not_kept(data, run, tmp_path):
+    """All pictures in one batch: the loss is fine, the update is not, and only validation can see it."""
+    words = ["--data-dir", data, "--output-dir", tmp_path / "out", "--arch", "cnn4_bn", "--batch-size", "500"]
+    assert run(*words, "--epochs", "1")[0] == 0
+    before = {name: (tmp_path / "out" / name).read_bytes() for name in (BEST_NAME, FINAL_NAME)}
+    code, _, err = run(*words, "--epochs", "2", "--optimizer", "sgd", "--lr", "1e38")
+    assert code == 2 and err.count("\n") == 1 and "epoch 1: the validation loss became" in err
+    assert {name: (tmp_path / "out" / name).read_bytes() for name in before} == before
+
+
+def test_gray_test_pictures_are_counted_beside_coloured_training(data, run, tmp_path):
+    """Sets of other channels are compared all the same."""
+    label = sorted(COUNTS)[0]
+    shutil.copy(sorted((data / "train" / label).iterdir())[0], data / "test" / label / "copy.png")
+    draw_picture(77, mode="RGB").save(data / "train" / label / "colour.png")
+    words = ["--data-dir", data, "--output-dir", tmp_path / "out", "--arch", "cnn6_rgb", "--epochs", "1"]
+    code, out, err = run(*words, "--batch-size", "16")
+    assert code == 0 and f"1 of {5 * len(COUNTS) + 1} pictures in test/ stand in train/ too" in out, err
+
+
+def test_damaged_final_checkpoint_is_one_line(plain_run, refuse, tmp_path):
+    shutil.copytree(plain_run[0] / "out", tmp_path / "out")
+    checkpoint = torch.load(tmp_path / "out" / FINAL_NAME, weights_only=True)
+    for key, value in (("train_state_dict", {}), ("optimizer", {"state": 1}), ("early_stopping", {})):
+        torch.save(checkpoint | {key: value}, tmp_path / "out" / FINAL_NAME)
+        refuse("--resume", tmp_path / "out" / FINAL_NAME, "--data-dir", plain_run[0], words=["--resume", FINAL_NAME])

@@ -43,8 +43,8 @@ def finish(process: subprocess.Popen) -> None:
     assert process.returncode == 0, out + err
 
 
-def kill(process: subprocess.Popen, folder: Path, rng: random.Random, *, while_writing: bool) -> bool:
-    """Kills `process` after an epoch; returns whether a temporary file was left, or None where it had ended before."""
+def kill(process: subprocess.Popen, folder: Path, rng: random.Random, *, while_writing: bool) -> tuple[bool, bool]:
+    """Kills `process` after an epoch; returns whether it was still alive, and whether a temporary file was left."""
     for line in process.stdout:
         if line.startswith("epoch "):
             break
@@ -61,7 +61,7 @@ def kill(process: subprocess.Popen, folder: Path, rng: random.Random, *, while_w
     left = [name for name in os.listdir(folder) if name.endswith(".tmp")]
     for name in left:
         (folder / name).unlink()
-    return bool(left)
+    return process.returncode == -signal.SIGKILL, bool(left)
 
 
 def same(one, other) -> bool:
@@ -91,10 +91,13 @@ def soak(kills: int, root: Path, seed: int = 0, lives: int = LIVES) -> tuple[int
         out, resume = f"killed{runs}", ()
         for _ in range(min(lives, kills - done)):
             process = start(root, out, *resume)
-            writing += kill(process, root / out, rng, while_writing=done % 2 == 1)
+            was_alive, left = kill(process, root / out, rng, while_writing=done % 2 == 1)
             for name in (BEST_NAME, FINAL_NAME):
                 build_model(read_checkpoint(root / out / name))
-            done, resume = done + 1, ("--resume",)
+            resume = ("--resume",)
+            if not was_alive:
+                break
+            done, writing = done + 1, writing + left
         finish(start(root, out, *resume))
         check_same_run(read_checkpoint(root / out / FINAL_NAME), whole)
         assert same(read_checkpoint(root / out / BEST_NAME)["state_dict"],
