@@ -21,7 +21,7 @@ from tqdm import tqdm
 from decoding import decode_paths, in_chunks
 from models import InputError, InputSpec, printable
 
-CACHE_VERSION = 3  # raise it whenever decoding or the cache's layout changes
+CACHE_VERSION = 4  # raise it whenever decoding or the cache's layout changes
 EXTENSIONS = {".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm", ".pbm"}
 SAMPLE_PREFIX, SAMPLE_SET = "drawing_", "the sample set of drawings"  # its files' names, what checkpoints call it
 _CHUNK_BYTES = 2**22  # of pictures decoded by one task

@@ -301,7 +301,7 @@ class _SEBlock(nn.Module):
     Recipe(
         epochs=70, batch_size=128, optimizer="adamw", lr=3e-3, weight_decay=0.05, schedule="onecycle",
         augment="flip,rotation=10,translate=0.05,scale=0.1,window=0.83,brightness=0.2,contrast=0.2,erase=0.25",
-        label_smoothing=0.1, mixup=0.3, ema=0.999,
+        label_smoothing=0.1, ema=0.999,
     ),
     takes_any_size=True,
 )  # fmt: skip

@@ -5,7 +5,7 @@
 JPEG, PNG, GIF, BMP, WebP and TIFF files, gray and colour, get bits flipped, are cut short, or have four bytes (length
 fields among them) set to zeros or ones. No crash, no hang: every file is predicted or named, by prediction and by
 training; files that lost a tenth or more of their end are all refused; and a damaged PNG is refused or shows what it
-showed before, since its checksums are verified. JPEG has none: its decoder reads damage as other pixels.
+showed before, since its checksums are verified. The other formats have none: damage may be read as other pixels.
 """
 
 import argparse
