@@ -146,7 +146,7 @@ def print_info(info: dict, model: nn.Module) -> None:
     print(f"input: {spec.image_size} x {spec.image_size} {colour}, mean {spec.mean}, std {spec.std}")
     epochs = f"epoch {info['epoch']} of {printable(config.get('epochs', '?'))}"
     print(f"trained on: {printable(model.trained_on)}, {epochs}, temperature {model.temperature:g}")
-    print("metrics: " + ", ".join(f"{key} {value:.4g}" for key, value in metrics.items()))
+    print("metrics: " + ", ".join(f"{key} {value:.4f}" for key, value in metrics.items()))
     print("settings: " + ", ".join(f"{key} {printable(value)}" for key, value in config.items() if value is not None))
 
 
