@@ -69,14 +69,14 @@ def limit_threads(processes: int = 1) -> None:
     """
     if processes == 1 and "OMP_NUM_THREADS" in os.environ:
         return
-    cpus = torch.get_num_threads() if processes == 1 else len(_affinity())
+    cpus = torch.get_num_threads() if processes == 1 else _count_cpus()
     with contextlib.suppress(OSError, ValueError):  # no such cgroup
         cpus = min(cpus, cpu_limit(Path("/sys/fs/cgroup/cpu.max").read_text()) or cpus)
     torch.set_num_threads(max(1, cpus // processes))
 
 
-def _affinity() -> set[int]:
-    return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
+def _count_cpus() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def keep_freed_memory() -> None:

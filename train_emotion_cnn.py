@@ -103,7 +103,7 @@ FLAGS = {  # group: (flag, default, argparse's options, help)
         ("--device", "auto", {}, "auto, cpu, cuda, cuda:1, mps"),
         ("--precision", "auto", {"choices": PRECISIONS}, "of training; auto is bf16 where the hardware "
          "has it, else fp32"),
-        ("--deterministic", False, {"action": "store_true"}, "on CUDA too the same weights from the same seed, more "
+        ("--deterministic", False, {"action": "store_true"}, "take torch's deterministic algorithms on CUDA, more "
          "slowly; on the CPU it is so anyway"),
         ("--tensorboard", None, {"metavar": "DIR"}, "also log to DIR, where tensorboard is installed"),
     ],

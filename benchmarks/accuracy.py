@@ -26,7 +26,7 @@ from decoding import to_input
 from engine import evaluate, pick_device, to_log_probs
 from inference import load_model
 from models import InputError, count_parameters, list_archs
-from splits import Batches
+from splits import Batches, find_copies
 
 HEAD = """| arch | training | accuracy (95% interval) | with `--tta` | macro F1 | no twin in train | parameters | \
 multiply-adds | file | minutes |
@@ -37,13 +37,13 @@ def measure(path: Path, data_dir: Path) -> dict:
     """Metrics of a checkpoint on val/, with "tta" and "no_twin" (accuracies) and "model" beside them."""
     model, class_names = load_model(path, "cpu")
     val = FolderImages(data_dir / "val", model.input_spec, class_names=class_names)
-    train_digests = set(FolderImages(data_dir / "train", model.input_spec, class_names=class_names).digests)
+    train = FolderImages(data_dir / "train", model.input_spec, class_names=class_names)
     batches = Batches(val, np.arange(len(val)), torch.device("cpu")).iterate(256)
     logits, labels = evaluate(model, batches, lambda images: to_input(images, model.input_spec), tta=True)
     log_probs = to_log_probs(logits[:1], model.temperature).numpy()
     metrics = reports.compute_metrics(labels.numpy(), log_probs, class_names, split="val")
     right = log_probs.argmax(1) == labels.numpy()
-    alone = np.array([digest not in train_digests for digest in val.digests])
+    alone = ~find_copies(train, val)
     tta = (to_log_probs(logits, model.temperature).argmax(1) == labels).float().mean().item()
     return metrics | {"model": model, "tta": tta, "no_twin": right[alone].mean(), "alone": int(alone.sum())}
 
