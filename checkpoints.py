@@ -22,7 +22,7 @@ from models import InputError, InputSpec, create_model, head_prefix, printable
 
 FORMAT_VERSION = 1
 MAX_CLASSES = 10_000
-PATHS = ("data_dir", "weights", "cache_dir", "tensorboard")  # settings that name folders of the machine
+PATHS = ("data_dir", "weights", "teacher", "cache_dir", "tensorboard")  # settings that name folders of the machine
 BEST_NAME, FINAL_NAME = "best_emotion_model.pth", "final_emotion_model.pth"
 _TYPES = {
     "arch": str, "num_classes": int, "class_names": list, "input_spec": dict, "temperature": float, "trained_on": str,
@@ -53,9 +53,10 @@ def make_checkpoint(
 
 
 def to_deployed(config: dict) -> dict:
-    """What the checkpoint that deploys keeps of `config`: no folder of this machine, of --weights the file's name."""
+    """What the checkpoint that deploys keeps of `config`: of --weights and --teacher the names of the files."""
     kept = {name: value for name, value in config.items() if name not in PATHS}
-    return kept | {"weights": config.get("weights") and Path(config["weights"]).name}
+    teachers = config.get("teacher") and [Path(path).name for path in config["teacher"]]
+    return kept | {"weights": config.get("weights") and Path(config["weights"]).name, "teacher": teachers}
 
 
 def replace_file(path: str | Path, write) -> None:

@@ -12,7 +12,7 @@ import math
 import os
 import random
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -25,6 +25,7 @@ from models import InputError
 
 OPTIMIZERS = ("adam", "adamw", "sgd")
 SCHEDULES = ("none", "plateau", "cosine", "onecycle")
+TEACHER_SHARE = 0.8  # of the loss, where there are teachers
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 
 
@@ -189,7 +190,10 @@ class TrainStep:
     over the batch, weighted by `class_weights` (num_classes,), divided by the number of pictures. `grad_accum`
     splits a batch into that many passes whose gradients add up: the same step in less memory. `mixup` blends each
     picture and its label with another's, by a share for the batch from Beta(mixup, mixup): Zhang et al. 2018,
-    arXiv:1710.09412. In a `group` of processes the batch is shared among them, and their gradients add up.
+    arXiv:1710.09412. With `teachers`, networks in evaluation mode, TEACHER_SHARE of the loss is the cross-entropy with
+    the probabilities that one of them, drawn anew for each batch, gives the same augmented pictures: Hinton et al.
+    2015, arXiv:1503.02531, by the same views as in Beyer et al. 2021, arXiv:2106.05237. In a `group` of processes the
+    batch is shared among them, and their gradients add up.
     """
 
     def __init__(
@@ -203,6 +207,7 @@ class TrainStep:
         class_weights: torch.Tensor | None = None,
         label_smoothing: float = 0.0,
         mixup: float = 0.0,
+        teachers: Sequence[nn.Module] = (),
         grad_accum: int = 1,
         clip_grad: float = 0.0,
         ema: Ema | None = None,
@@ -212,6 +217,7 @@ class TrainStep:
         self.model, self.optimizer, self.prepare, self.precision = model, optimizer, prepare, precision
         self.scheduler, self.ema = scheduler, ema
         self.class_weights, self.label_smoothing, self.mixup = class_weights, label_smoothing, mixup
+        self.teachers = teachers
         self.grad_accum, self.clip_grad = grad_accum, clip_grad
         self.device = next(model.parameters()).device
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == torch.float16)
@@ -225,6 +231,7 @@ class TrainStep:
         """
         inputs, others, share = self._mix(self.prepare(images), labels)
         inputs = inputs.contiguous(memory_format=memory_format(self.device))
+        teacher = self._draw_teacher()
         passes = max(1, min(self.grad_accum, len(labels) // 2))  # batch-norm needs two pictures a pass
         loss_sum, correct = 0.0, 0
         parts = (tensor.tensor_split(passes) for tensor in (inputs, labels, others))
@@ -236,6 +243,8 @@ class TrainStep:
                 loss = self._loss(logits, target)
                 if share < 1:
                     loss = share * loss + (1 - share) * self._loss(logits, other)
+                if teacher:
+                    loss = torch.lerp(loss, self._loss_to(teacher, part, logits), TEACHER_SHARE)
                 self.scaler.scale(loss * (self.group.size / (count or len(labels)))).backward()
             loss_sum = loss_sum + loss.detach()
             correct = correct + (logits.detach().argmax(1) == target).sum()
@@ -254,6 +263,14 @@ class TrainStep:
     def _loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         options = {"label_smoothing": self.label_smoothing, "reduction": "sum"}
         return F.cross_entropy(logits.float(), labels, self.class_weights, **options)
+
+    def _draw_teacher(self) -> nn.Module | None:
+        return self.teachers[int(torch.randint(len(self.teachers), ()))] if self.teachers else None
+
+    def _loss_to(self, teacher: nn.Module, inputs: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad(), autocast(self.device, self.precision):
+            answers = teacher(inputs)
+        return F.cross_entropy(logits.float(), answers.float().softmax(1), reduction="sum")
 
     def _mix(self, inputs: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, float]:
         """The blended pictures, the labels of those that they were blended with, and the share of the first, 0.5 to 1.

@@ -88,6 +88,7 @@ FLAGS = {  # group: (flag, default, argparse's options, help)
         ("--label-smoothing", BY_ARCH, {"type": _SHARE}, "share of the target spread over all classes"),
         ("--mixup", BY_ARCH, {"type": _number(float, 0), "metavar": "ALPHA"}, "blend pairs of pictures and their "
          "labels, 0.2 say; 0 is off"),
+        ("--teacher", None, {"nargs": "+", "metavar": "PATH"}, "learn from the answers of these checkpoints too"),
         ("--grad-accum", 1, {"type": _number(int, 1), "metavar": "N"}, "split each batch into N passes: the same step "
          "in less memory"),
         ("--clip-grad", 0.0, {"type": _number(float, 0), "metavar": "NORM"}, "clip the gradient's norm; 0 is off"),
@@ -170,7 +171,7 @@ def settle_resumed(given: dict, path: Path) -> tuple[dict, dict]:
     for name, value in given.items():
         if name in FREE_ON_RESUME:
             continue
-        value = os.path.abspath(value) if name == "weights" else value
+        value = _absolute(value) if name in PATHS else value
         if value != config[name]:
             flag = "--" + name.replace("_", "-")
             raise InputError(f"--resume: {flag} {value} contradicts the run in {path}, which has {config[name]}")
@@ -185,11 +186,15 @@ def settle_resumed(given: dict, path: Path) -> tuple[dict, dict]:
     return {**config, **given}, checkpoint
 
 
+def _absolute(path: str | list[str] | None) -> str | list[str] | None:
+    return [_absolute(each) for each in path] if isinstance(path, list) else path and os.path.abspath(path)
+
+
 def to_config(settings: dict) -> dict:
     """What the checkpoint keeps of the settings, so that a resumed run brings them back; paths are made absolute."""
     config = {name: value for name, value in settings.items() if name not in ("output_dir", "resume")}
     for name in PATHS:
-        config[name] = config[name] and os.path.abspath(config[name])
+        config[name] = _absolute(config[name])
     return config
 
 

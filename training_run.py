@@ -16,6 +16,7 @@ from augment import augment, parse_augment
 from checkpoints import (
     BEST_NAME,
     FINAL_NAME,
+    build_model,
     load_initial_weights,
     make_checkpoint,
     read_checkpoint,
@@ -126,6 +127,7 @@ class Run:
         counts = splits.train.class_counts(len(splits.class_names))
         self.class_weights = make_class_weights(settings["class_weights"], counts)
         strengths = parse_augment(settings["augment"])
+        teachers = [self._load_teacher(path) for path in settings["teacher"] or ()]
         return TrainStep(
             self.model,
             optimizer,
@@ -135,11 +137,23 @@ class Run:
             class_weights=self.class_weights and torch.tensor(self.class_weights, device=self.device),
             label_smoothing=settings["label_smoothing"],
             mixup=settings["mixup"],
+            teachers=teachers,
             grad_accum=settings["grad_accum"],
             clip_grad=settings["clip_grad"],
             ema=Ema(self.model, settings["ema"]) if settings["ema"] else None,
             group=self.group,
         )
+
+    def _load_teacher(self, path: str) -> nn.Module:
+        checkpoint = read_checkpoint(path)
+        model = build_model(checkpoint, path)
+        for name, its, own in (
+            ("classes", checkpoint["class_names"], self.splits.class_names),
+            ("input", model.input_spec.to_dict(), self.splits.spec.to_dict()),
+        ):
+            if its != own:
+                raise InputError(f"--teacher {path}: its {name} must be those of the network that learns: {own}")
+        return model.to(self.device, memory_format=memory_format(self.device)).requires_grad_(False)
 
     @property
     def validated_model(self) -> nn.Module:

@@ -324,6 +324,20 @@ def test_optimisers_hold_what_learns(name, kind):
     assert name != "sgd" or (group["momentum"], group["nesterov"]) == (0.9, True)
 
 
+def test_the_loss_with_a_teacher():
+    """0.8 of it is the cross-entropy with the teacher's probabilities, 0.2 that with the labels."""
+    torch.manual_seed(0)
+    model, teacher = (torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, 3)) for _ in range(2))
+    images, labels = torch.rand(6, 1, 2, 2), torch.tensor([0, 1, 2, 0, 1, 2])
+    step = TrainStep(
+        model, make_optimizer("sgd", model, lr=0.0, weight_decay=0), lambda images: images, teachers=[teacher]
+    )
+    own, its = model(images).log_softmax(1), teacher(images).softmax(1)
+    expected = -0.2 * own[range(6), labels].sum() - 0.8 * (its * own).sum()
+    assert step(images, labels)[0].item() == pytest.approx(expected.item(), rel=1e-5)
+    assert all(parameter.grad is None for parameter in teacher.parameters())
+
+
 def test_mixup_blends_pictures_and_labels():
     """The loss of a linear network is that of the blended pictures, shared between both labels."""
     seen, (images, labels) = [], pictures(8)

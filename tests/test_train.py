@@ -641,6 +641,33 @@ def test_weights_that_are_refused(plain_run, refuse, tmp_path):
     refuse(*command, "--arch", "mobilenet_v2", "--pretrained", "--weights", source, words=["--pretrained", "--weights"])
 
 
+def test_teachers_are_learnt_from_and_named(plain_run, run, train, tmp_path):
+    """Two teachers, of which each batch draws one; resumed, the same are drawn as in a run that never stopped."""
+    data, plain = plain_run
+    teachers = [tmp_path / "one.pth", data / "out" / BEST_NAME]
+    train(data, tmp_path / "one", "--epochs", 1, "--seed", 5)
+    (tmp_path / "one" / BEST_NAME).rename(teachers[0])
+    whole = train(data, tmp_path / "whole", "--epochs", 2, "--teacher", *teachers)
+    assert not same(whole["state_dict"], plain["state_dict"])
+    assert load(tmp_path / "whole" / BEST_NAME)["config"]["teacher"] == ["one.pth", BEST_NAME]
+    train(data, tmp_path / "parts", "--epochs", 1, "--teacher", *teachers)
+    code, _, err = run("--resume", "--output-dir", tmp_path / "parts", "--epochs", 2, "--teacher", *teachers)
+    assert code == 0, err
+    resumed = load(tmp_path / "parts" / FINAL_NAME)
+    assert same(resumed["state_dict"], whole["state_dict"])
+    code, _, err = run("--resume", "--output-dir", tmp_path / "parts", "--teacher", teachers[0])
+    assert code == 2 and "--teacher" in err
+
+
+def test_teachers_that_are_refused(plain_run, refuse, tmp_path):
+    data, teacher = plain_run[0], plain_run[0] / "out" / BEST_NAME
+    draw_folder(tmp_path / "data" / "train", {"laugh": 8, "weep": 8})
+    command = ["--output-dir", tmp_path / "out", "--epochs", "1"]
+    refuse("--data-dir", tmp_path / "data", *command, *SMALL, "--teacher", teacher, words=["--teacher", "classes"])
+    refuse("--data-dir", data, *command, "--arch", "cnn6_rgb", "--teacher", teacher, words=["--teacher", "input"])
+    refuse("--data-dir", data, *command, *SMALL, "--teacher", tmp_path / "none.pth", words=["none.pth"])
+
+
 def test_earlier_best_is_kept(plain_run, train, tmp_path):
     data, _ = plain_run
     train(data, tmp_path, "--epochs", 1)
