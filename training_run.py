@@ -94,6 +94,8 @@ class Run:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True, warn_only=True)  # torch names what it has no such algorithm for
         self.output_dir, self.is_resumed = Path(settings["output_dir"]), is_resumed
+        if group.is_main:
+            self._remove_left_overs()
         self.model = self._make_model()
         self.generator = torch.Generator(device)
         self.step = self._make_step()
@@ -243,7 +245,7 @@ class Run:
         )
         if is_best:
             if len(self.history) == 1:
-                self._keep_previous_best()
+                self._keep_previous()
             save_checkpoint(checkpoint, self.output_dir / BEST_NAME)
         step = self.step
         checkpoint |= {
@@ -265,16 +267,23 @@ class Run:
             replace_file(self.output_dir / HISTORY_NAME, lambda path: write_history(self.history, path))
 
     def earlier_results(self) -> list[str]:
-        """A line where the output folder holds another run's results, of which only the best checkpoint is kept."""
+        """A line where the output folder holds another run's results, of which only the checkpoints are kept."""
         if self.is_resumed or not (self.output_dir / BEST_NAME).exists():
             return []
-        kept = Path(BEST_NAME).with_suffix(".previous.pth")
-        return [f"earlier results in {printable(self.output_dir)} are replaced; {BEST_NAME} is kept as {kept}"]
+        return [f"earlier results in {printable(self.output_dir)} are replaced; the checkpoints are kept, their names "
+                "ending in .previous.pth"]  # fmt: skip
 
-    def _keep_previous_best(self) -> None:
-        best = self.output_dir / BEST_NAME
-        if best.exists():
-            copy_file(best, best.with_suffix(".previous.pth"))
+    def _keep_previous(self) -> None:
+        for path in (self.output_dir / BEST_NAME, self.output_dir / FINAL_NAME):
+            if path.exists():
+                copy_file(path, path.with_suffix(".previous.pth"))
+
+    def _remove_left_overs(self) -> None:
+        """Removes the temporary files of an earlier process that was killed while it wrote them."""
+        for name in (BEST_NAME, FINAL_NAME, HISTORY_NAME):
+            for path in self.output_dir.glob(f".{name}.*.tmp"):
+                with contextlib.suppress(OSError):
+                    path.unlink()
 
     def restore(self, checkpoint: dict, path: Path) -> None:
         """Puts the state of the final checkpoint in `path` back; the output folder then holds all that a run writes.
@@ -298,7 +307,7 @@ class Run:
         if not self.group.is_main:
             return
         if best.parent.resolve() != self.output_dir.resolve():
-            self._keep_previous_best()
+            self._keep_previous()
             copy_file(best, self.output_dir / BEST_NAME)
         if path.resolve() != (self.output_dir / FINAL_NAME).resolve():
             copy_file(path, self.output_dir / FINAL_NAME)

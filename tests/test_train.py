@@ -668,13 +668,14 @@ def test_teachers_that_are_refused(plain_run, refuse, tmp_path):
     refuse("--data-dir", data, *command, *SMALL, "--teacher", tmp_path / "none.pth", words=["none.pth"])
 
 
-def test_earlier_best_is_kept(plain_run, train, tmp_path):
+def test_earlier_checkpoints_are_kept(plain_run, train, tmp_path):
     data, _ = plain_run
     train(data, tmp_path, "--epochs", 1)
-    first = (tmp_path / BEST_NAME).read_bytes()
+    first = {name.replace(".pth", ".previous.pth"): (tmp_path / name).read_bytes() for name in (BEST_NAME, FINAL_NAME)}
+    (tmp_path / f".{FINAL_NAME}.123.tmp").write_bytes(b"of a process that was killed while it wrote")
     train(data, tmp_path, "--epochs", 3, "--seed", 3)
-    assert (tmp_path / "best_emotion_model.previous.pth").read_bytes() == first
-    assert {path.name for path in tmp_path.iterdir() if path.is_file()} == FILES | {"best_emotion_model.previous.pth"}
+    assert {name: (tmp_path / name).read_bytes() for name in first} == first
+    assert {path.name for path in tmp_path.iterdir() if path.is_file()} == FILES | first.keys()
 
 
 # Resuming
@@ -889,7 +890,7 @@ def test_earlier_results_are_announced(data, run, tmp_path):
     assert "replaced" not in run(*command)[1]
     code, out, err = run(*command)
     assert code == 0, err
-    assert "best_emotion_model.previous.pth" in out and "replaced" in out
+    assert ".previous.pth" in out and "replaced" in out
 
 
 def test_training_pictures_in_test_are_counted(data, run, tmp_path):
