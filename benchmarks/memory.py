@@ -1,6 +1,7 @@
 """Memory while training, epoch by epoch, and that a set may be larger than memory. Linux only (it reads /proc).
 
     python -m benchmarks.memory --data-dir fer2013
+    python -m benchmarks.memory --video clip.mp4        # instead: while a video is classified, frame by frame
 
 First train_emotion_cnn.py is run, and its resident memory read after every epoch. Then one epoch of batches is drawn
 from the same pictures cached at growing sizes: `anonymous` is the memory that the process holds itself, `file` the
@@ -12,6 +13,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import torch
@@ -42,6 +44,20 @@ def watch_training(data_dir: str, arch: str, epochs: int) -> None:
             raise InputError("training has stopped; its message stands above")
 
 
+def watch_video(path: str) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, REPO / "predict_emotion.py", path, "--annotate", folder, "--device", "cpu"]
+        resident = []
+        with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
+            while process.poll() is None:
+                resident.append(read_memory(process.pid).get("VmRSS", 0))
+                time.sleep(0.2)
+        if process.returncode:
+            raise InputError("predict_emotion.py has stopped; its message stands above")
+    for share in (0.25, 0.5, 0.75, 0.95):  # the last samples are of the timeline's plot and of the end
+        print(f"resident after {share:.0%} of the time: {resident[int(share * len(resident))]:,.0f} MB")
+
+
 def draw_epoch(pipe, data_dir: str, spec: InputSpec, cache_dir: str) -> None:
     keep_freed_memory()
     options = {"val_fraction": 0.1, "seed": 0, "cache_dir": cache_dir}
@@ -54,13 +70,7 @@ def draw_epoch(pipe, data_dir: str, spec: InputSpec, cache_dir: str) -> None:
     pipe.send((size / 1e6, start, memory["RssAnon"], memory["RssFile"]))
 
 
-def main() -> None:
-    parser = ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--data-dir", metavar="DIR", default=".", help="holds train/ (default: .)")
-    parser.add_argument("--arch", default="cnn4_bn", help="(default: cnn4_bn)")
-    parser.add_argument("--epochs", type=count, default=3, help="(default: 3)")
-    parser.add_argument("--sizes", type=int, nargs="*", default=[48, 96, 192], help="pixels (default: 48 96 192)")
-    args = parser.parse_args()
+def watch_sets(args) -> None:
     check_inputs(args.data_dir, args.arch)
     specs = [InputSpec(image_size) for image_size in args.sizes]
     watch_training(args.data_dir, args.arch, args.epochs)
@@ -80,6 +90,20 @@ def main() -> None:
             f"{spec.image_size} pixels: the set has {size:,.0f} MB; anonymous {start:,.0f} MB before an epoch of "
             f"batches, {anonymous:,.0f} MB after it; file {mapped:,.0f} MB"
         )
+
+
+def main() -> None:
+    parser = ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--data-dir", metavar="DIR", default=".", help="holds train/ (default: .)")
+    parser.add_argument("--arch", default="cnn4_bn", help="(default: cnn4_bn)")
+    parser.add_argument("--epochs", type=count, default=3, help="(default: 3)")
+    parser.add_argument("--sizes", type=int, nargs="*", default=[48, 96, 192], help="pixels (default: 48 96 192)")
+    parser.add_argument("--video", metavar="FILE", help="measure the memory of classifying this video")
+    args = parser.parse_args()
+    if args.video:
+        watch_video(args.video)
+    else:
+        watch_sets(args)
 
 
 if __name__ == "__main__":

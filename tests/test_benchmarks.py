@@ -9,6 +9,7 @@ import pytest
 from conftest import draw_folder, open_portrait
 
 from benchmarks import speedrun
+from video import VideoCopy
 
 REPO = Path(__file__).resolve().parent.parent
 
@@ -46,6 +47,18 @@ def test_memory(pictures):
     done = run("memory", "--data-dir", pictures, "--epochs", 1, "--sizes", 48)
     assert done.returncode == 0, done.stderr
     assert [line.partition(":")[0] for line in done.stdout.splitlines()] == ["epoch 1/1", "48 pixels"]
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_memory_of_a_video(tmp_path):
+    copy = VideoCopy(tmp_path / "clip.mp4", 25.0, (320, 240))
+    for _ in range(5):
+        copy.add(open_portrait().resize((320, 240)))
+    copy.close()
+    done = run("memory", "--video", tmp_path / "clip.mp4")
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert len(lines) == 4 and all(int(line.split()[-2].replace(",", "")) > 10 for line in lines)
 
 
 def test_precision(pictures):
