@@ -29,6 +29,7 @@ pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="th
 REPO = Path(__file__).resolve().parent.parent
 PLAIN = ["--arch", "plain_cnn4", "--augment", "none", "--precision", "fp32", "--optimizer", "sgd", "--lr", "0.003",
          "--weight-decay", "0", "--schedule", "none", "--batch-size", "33"]  # fmt: skip
+SUMS = [*PLAIN, "--epochs", "2", "--class-weights", "balanced", "--clip-grad", "0.05", "--grad-accum", "2"]
 SCRIPT = '''
 import sys
 sys.path.insert(0, {repo!r})
@@ -45,13 +46,22 @@ def plain_cnn4(num_classes, image_size, dropout):
             module.p = 0.0
     return model
 
-run_script(train_emotion_cnn.main)
+if __name__ == "__main__":
+    run_script(train_emotion_cnn.main)
 '''  # fmt: skip
+SEVERAL = """
+import json, os, sys
+from train import train_emotion_cnn
+
+for port, words in json.loads(sys.argv[1]):  # torchrun's own store serves one group of processes only
+    os.environ |= {"MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "False"}
+    train_emotion_cnn.main(words)
+"""
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    """data/ with 160 + 19 + 15 pictures, train.py. Four epochs of batches of 33, shared as 16 and 17, are 20 steps.
+    """data/ with 160 + 19 + 15 pictures, and scripts. Four epochs of batches of 33, shared as 16 and 17, are 20 steps.
 
     The pictures are smooth: in flat ones max-pooling has ties, which rounding decides.
     """
@@ -62,17 +72,28 @@ def root(tmp_path_factory):
         small = Image.open(path).resize((6, 6), Image.Resampling.NEAREST)
         small.resize((48, 48), Image.Resampling.BICUBIC).save(path)
     (root / "train.py").write_text(SCRIPT.format(repo=str(REPO)))
+    (root / "several.py").write_text(SEVERAL)
     return root
 
 
-def command(root, out, *args, launch=("--standalone", "--nproc-per-node", "2")):
+def flags(root, out, *args):
     words = ["--data-dir", root / "data", "--cache-dir", root / "cache", "--output-dir", root / out, *args]
-    start = [sys.executable] if launch is None else [sys.executable, "-m", "torch.distributed.run", *launch]
-    return [*start, *map(str, [root / "train.py", *words])]
+    return [*map(str, words)]
 
 
-def start(*args, **options):
-    return subprocess.Popen(command(*args, **options), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def launch(*words, launcher=("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")):
+    command = [sys.executable, *launcher, *map(str, words)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def start(root, out, *args, **options):
+    return launch(root / "train.py", *flags(root, out, *args), **options)
+
+
+def free_port():
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
 
 
 def finish(process):
@@ -87,9 +108,25 @@ def largest_gap(one, other):
 
 
 @pytest.fixture(scope="module")
-def alone(root):
-    """The final checkpoint of four epochs, 20 steps, in one process."""
-    finish(start(root, "alone", *PLAIN, "--epochs", "4", launch=None))
+def together(root):
+    """What is printed by four runs, one after the other over the same two processes: starting takes longer than they.
+
+    "bn" has batch-norm, whose statistics differ by process, dropout, EMA and augmentation.
+    """
+    many = [
+        ["two", *PLAIN, "--epochs", "4"],
+        ["sums2", *SUMS],
+        ["half", *PLAIN, "--epochs", "2"],
+        ["bn", "--arch", "cnn4_bn", "--augment", "light", "--ema", "0.9", "--batch-size", "16", "--epochs", "3"],
+    ]
+    return finish(launch(root / "several.py", json.dumps([(free_port(), flags(root, *words)) for words in many])))
+
+
+@pytest.fixture(scope="module")
+def alone(root, together):
+    """The final checkpoint of four epochs, 20 steps, in one process, which also sums and goes on with "half"."""
+    many = [["alone", *PLAIN, "--epochs", "4"], ["sums1", *SUMS], ["half", "--resume", "--epochs", "4"]]
+    finish(launch(root / "several.py", json.dumps([(0, flags(root, *words)) for words in many]), launcher=()))
     return read_checkpoint(root / "alone" / FINAL_NAME)
 
 
@@ -100,43 +137,32 @@ def assert_same_run(found, alone):
         assert rows[0] == pytest.approx(rows[1], abs=1e-5)
 
 
-def test_two_processes_train_the_same_network(root, alone):
-    out = finish(start(root, "two", *PLAIN, "--epochs", "4"))
-    assert "2 processes" in out and out.count("epoch 4/4") == 1  # one of them prints
-    assert "Split: test, 15 pictures" in out
+def test_two_processes_train_the_same_network(root, together, alone):
+    assert "2 processes" in together and together.count("epoch 4/4") == 1  # one of them prints
+    assert "Split: test, 15 pictures" in together
     assert_same_run(read_checkpoint(root / "two" / FINAL_NAME), alone)
     assert json.loads((root / "two" / "metrics.json").read_text())["count"] == 15
 
 
-def test_sums_of_parts(root):
+def test_sums_of_parts(root, alone):
     """Class weights, gradients clipped and added up over passes: all of it counts the whole batch."""
-    words = [*PLAIN, "--epochs", "2", "--class-weights", "balanced", "--clip-grad", "0.05", "--grad-accum", "2"]
-    finish(start(root, "sums1", *words, launch=None))
-    finish(start(root, "sums2", *words))
     assert_same_run(*(read_checkpoint(root / name / FINAL_NAME) for name in ("sums2", "sums1")))
 
 
 def test_two_machines_train_the_same_network(root, alone):
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        port = server.getsockname()[1]
-    launch = ("--nnodes", "2", "--nproc-per-node", "1", "--master-addr", "127.0.0.1", "--master-port", str(port))
-    nodes = [start(root, "nodes", *PLAIN, "--epochs", "4", launch=(*launch, "--node-rank", rank)) for rank in "01"]
+    where = ("--nnodes", "2", "--nproc-per-node", "1", "--master-addr", "127.0.0.1", "--master-port", str(free_port()))
+    nodes = [start(root, "nodes", *PLAIN, "--epochs", "4",
+                   launcher=("-m", "torch.distributed.run", *where, "--node-rank", rank)) for rank in "01"]  # fmt: skip
     for node in nodes:
         finish(node)
     assert_same_run(read_checkpoint(root / "nodes" / FINAL_NAME), alone)
 
 
 def test_resume_with_another_number_of_processes(root, alone):
-    finish(start(root, "half", *PLAIN, "--epochs", "2"))
-    finish(start(root, "half", "--resume", "--epochs", "4", launch=None))
     assert_same_run(read_checkpoint(root / "half" / FINAL_NAME), alone)
 
 
-def test_validation_is_that_of_the_saved_network(root):
-    """With batch-norm, whose statistics differ by process, dropout, EMA and augmentation."""
-    words = ["--arch", "cnn4_bn", "--augment", "light", "--ema", "0.9", "--batch-size", "16", "--epochs", "3"]
-    finish(start(root, "bn", *words))
+def test_validation_is_that_of_the_saved_network(root, together):
     best = read_checkpoint(root / "bn" / BEST_NAME)
     model, names = load_model(root / "bn" / BEST_NAME, "cpu")
     paths = sorted((root / "data" / "val").glob("*/*.png"))

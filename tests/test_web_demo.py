@@ -11,6 +11,9 @@ from pathlib import Path
 import pytest
 from conftest import PORTRAIT, draw_picture
 
+from console import run_script
+from examples import web_demo
+
 REPO = Path(__file__).resolve().parent.parent
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytest.importorskip("cv2", reason="needs OpenCV")
@@ -127,14 +130,15 @@ def test_pictures_are_deleted_however_it_ends(tmp_path):
 
 
 @pytest.mark.parametrize("port", ["0", "70000", "taken"])
-def test_unusable_port(port):
+def test_unusable_port(port, capsys):
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         server.listen()
-        port = server.getsockname()[1] if port == "taken" else port
-        process = start("--port", port)
-        _, err = process.communicate(timeout=60)
-    assert process.returncode == 2 and err.count("\n") == 1 and str(port) in err
+        port = str(server.getsockname()[1]) if port == "taken" else port
+        with pytest.raises(SystemExit) as stop:
+            run_script(lambda: web_demo.main(["--port", port]))
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and err.count("\n") == 1 and port in err
 
 
 def test_without_gradio(tmp_path):
