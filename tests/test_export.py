@@ -1,5 +1,7 @@
 """export_emotion.py: every format answers as the network does, also where this project can't be imported."""
 
+import contextlib
+import io
 import json
 import subprocess
 import sys
@@ -10,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import PORTRAIT, draw_folder, draw_picture
+from PIL import Image
 from test_predict import write_checkpoint
 
 import evaluate_emotion
@@ -41,22 +44,26 @@ def run(capsys):
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """model.pth (temperature 1.7), what is exported of it, and pictures: data/test/<class>/."""
-    root = tmp_path_factory.mktemp("exported")
+def exported(tmp_path_factory):
+    """(folder with model.pth, whose temperature is 1.7, and all that is exported of it, what was printed)."""
+    root, printed = tmp_path_factory.mktemp("exported"), io.StringIO()
     write_checkpoint(root / "model.pth", names=NAMES, temperature=1.7)
-    draw_folder(root / "data" / "test", dict.fromkeys(NAMES, 4))
-    draw_folder(root / "data" / "train", dict.fromkeys(NAMES, 4))
-    export_emotion.main(["--checkpoint", str(root / "model.pth"), "--output-dir", str(root)])
-    return root
+    with contextlib.redirect_stdout(printed):
+        export_emotion.main(["--checkpoint", str(root / "model.pth"), "--output-dir", str(root)])
+    assert {path.name for path in root.iterdir()} == {"model.pth", *FILES, "config.json"}
+    return root, printed.getvalue()
 
 
-def test_every_format_is_written_and_compared(run, tmp_path):
-    write_checkpoint(tmp_path / "model.pth", names=NAMES)
-    code, out, err = run(export_emotion, "--checkpoint", tmp_path / "model.pth", "--output-dir", tmp_path / "new")
-    assert (code, err) == (0, "")
-    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == sorted([*FILES, "config.json"])
-    lines = out.splitlines()
+@pytest.fixture(scope="module")
+def folder(exported):
+    """That folder, with pictures: data/test/<class>/ and data/train/<class>/."""
+    draw_folder(exported[0] / "data" / "test", dict.fromkeys(NAMES, 4))
+    draw_folder(exported[0] / "data" / "train", dict.fromkeys(NAMES, 4))
+    return exported[0]
+
+
+def test_every_format_is_written_and_compared(exported):
+    lines = exported[1].splitlines()
     assert [line.partition(":")[0] for line in lines[:4]] == FILES
     for line in lines[:4]:
         assert line.endswith("over 256 pictures of noise")
@@ -143,39 +150,32 @@ def test_exported_file_runs_without_this_project(folder, name):
     assert info["input_spec"] == model.input_spec.to_dict() and info["format_version"] == 1
 
 
-@pytest.mark.parametrize("arch", ["cnn6_rgb", "seresnet13", "mobilenet_v2"])
-def test_other_networks(run, tmp_path, arch):
-    """Three channels trained on gray pictures, blocks with gates, a torchvision backbone."""
-    size = 64 if arch == "mobilenet_v2" else None
-    write_checkpoint(tmp_path / "model.pth", arch=arch, names=NAMES, gray=arch != "seresnet13", image_size=size)
-    words = ("--checkpoint", tmp_path / "model.pth", "--output-dir", tmp_path, "--formats", "onnx,torchscript")
-    code, out, err = run(export_emotion, *words)
+@pytest.mark.parametrize("arch", ["cnn6_rgb", "mobilenet_v2"])
+def test_other_networks(run, folder, tmp_path, arch):
+    """Three channels trained on gray pictures; a torchvision backbone, of colours, whose files eat three channels also
+    of gray folders, which are kept with one."""
+    options = {"gray": True} if arch == "cnn6_rgb" else {"image_size": 64}
+    write_checkpoint(tmp_path / "model.pth", arch=arch, names=NAMES, **options)
+    words = ("--checkpoint", tmp_path / "model.pth", "--output-dir", tmp_path, "--data-dir", folder / "data")
+    code, out, err = run(export_emotion, *words, "--formats", "onnx,torchscript,safetensors")
     assert code == 0, err
     model, names = load_model(tmp_path / "model.pth")
     exported, _ = load_model(tmp_path / "emotion_model.onnx")
     for picture in (PORTRAIT, draw_picture(1, mode="RGB")):
         expected, found = (predict_image(one, picture, names)[2] for one in (model, exported))
         assert found == pytest.approx(expected, abs=0.01)
-
-
-def test_pictures_of_the_user_are_compared(run, folder, tmp_path):
-    words = ("--checkpoint", folder / "model.pth", "--output-dir", tmp_path, "--formats", "torchscript")
-    code, out, err = run(export_emotion, *words, "--data-dir", folder / "data")
-    assert code == 0 and "256 pictures, 12 of test/ and noise" in out, err
-
-
-def test_gray_folders_for_a_network_of_colours(run, folder, tmp_path):
-    """Such folders are kept with one channel, and the file eats three."""
-    write_checkpoint(tmp_path / "model.pth", arch="cnn6_rgb", names=NAMES)
-    words = ("--checkpoint", tmp_path / "model.pth", "--output-dir", tmp_path, "--formats", "onnx,safetensors")
-    code, out, err = run(export_emotion, *words, "--data-dir", folder / "data")
-    assert code == 0, err
     reports = []
     for name in ("model.pth", "emotion_model.onnx"):
         code, out, err = run(evaluate_emotion, "--data-dir", folder / "data", "--checkpoint", tmp_path / name)
         assert code == 0, err
         reports.append(out)
     assert reports[0] == reports[1]
+
+
+def test_pictures_of_the_user_are_compared(run, folder, tmp_path):
+    words = ("--checkpoint", folder / "model.pth", "--output-dir", tmp_path, "--formats", "torchscript")
+    code, out, err = run(export_emotion, *words, "--data-dir", folder / "data")
+    assert code == 0 and "256 pictures, 12 of test/ and noise" in out, err
 
 
 def test_config_of_another_program_stays(run, folder, tmp_path):
@@ -296,19 +296,22 @@ def test_device_of_an_exported_file(run, folder):
 
 def test_int8_is_smaller_and_measured(run, tmp_path):
     """The network that comes along on the drawings; and calibrated on black pictures, which ruins it."""
-    words = ("--checkpoint", REPO / "weights" / "emotion_model.pth", "--formats", "onnx", "--int8")
-    code, out, err = run(export_emotion, *words, "--data-dir", REPO, "--output-dir", tmp_path, "--max-drop", 5)
+    words = ("--checkpoint", REPO / "weights" / "emotion_model.pth", "--int8", "--output-dir", tmp_path, "--formats")
+    code, out, err = run(export_emotion, *words, "onnx,torchscript", "--data-dir", REPO, "--max-drop", 5)
     assert code == 0, err
     sizes = {path.name: path.stat().st_size for path in tmp_path.iterdir()}
-    assert set(sizes) == {"emotion_model.onnx", "emotion_model.int8.onnx"}
+    assert set(sizes) == {"emotion_model.onnx", "emotion_model.pt", "emotion_model.int8.onnx"}
     assert sizes["emotion_model.int8.onnx"] < sizes["emotion_model.onnx"] / 3
     lines = [line for line in out.splitlines() if "accuracy" in line]
     original, whole = (float(line.partition("accuracy ")[2].partition("%")[0]) for line in lines)
     assert original > 25 and abs(original - whole) <= 5
     quantised, names = load_model(tmp_path / "emotion_model.int8.onnx")
     assert predict_image(quantised, PORTRAIT, names)[0] in names
-
-    from PIL import Image
+    model, _ = load_model(REPO / "weights" / "emotion_model.pth")
+    exported, _ = load_model(tmp_path / "emotion_model.onnx")
+    for picture in (PORTRAIT, draw_picture(1, mode="RGB")):
+        expected, found = (predict_image(one, picture, names)[2] for one in (model, exported))
+        assert found == pytest.approx(expected, abs=0.01)
 
     for split in ("train", "test"):
         for name in names:
@@ -317,7 +320,7 @@ def test_int8_is_smaller_and_measured(run, tmp_path):
                 picture = Image.open(source) if split == "test" else Image.new("L", (48, 48), number % 3)
                 picture.save(tmp_path / "data" / split / name / f"{number}.png")
     before = sorted(path.name for path in tmp_path.iterdir())
-    code, out, err = run(export_emotion, *words, "--data-dir", tmp_path / "data", "--output-dir", tmp_path)
+    code, out, err = run(export_emotion, *words, "onnx", "--data-dir", tmp_path / "data")
     assert code == 2 and err.count("\n") == 1 and "--max-drop" in err, (out, err)
     assert sorted(path.name for path in tmp_path.iterdir()) == before  # the network itself is kept
 
