@@ -1,6 +1,6 @@
 """Predicts many pictures in one process, and looks at its memory.
 
-    python -m tests.soak.memory --predictions 10000         # half a minute on two cores
+    python -m tests.soak.memory --predictions 10000
 
 Arrays, one at a time and in batches, and a file that can't be read, with the smallest network. What the process holds
 after all of them may be no more than 20 MB above what it held after the first fifth.
