@@ -22,6 +22,7 @@ from models import InputError, InputSpec, create_model, head_prefix, printable
 
 FORMAT_VERSION = 1
 MAX_CLASSES = 10_000
+MAX_INFLATION = 10  # of a compressed file; float32 weights hardly shrink
 PATHS = ("data_dir", "weights", "teacher", "cache_dir", "tensorboard")  # settings that name folders of the machine
 BEST_NAME, FINAL_NAME = "best_emotion_model.pth", "final_emotion_model.pth"
 _TYPES = {
@@ -106,6 +107,9 @@ def _read(path: Path):
             raise InputError(f"no checkpoint at {path}")
         if not path.is_file():
             raise InputError(f"{path} is not a file")
+        if _unpacked_size(path) > MAX_INFLATION * path.stat().st_size:  # torch reads compressed archives too
+            raise InputError(f"{path} would unpack to over {MAX_INFLATION} times its size, so it is not read; save it "
+                             "with torch.save, which does not compress")  # fmt: skip
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about files that are refused right after
             return torch.load(path, map_location="cpu", weights_only=True)
@@ -126,6 +130,15 @@ def _names_in_zip(path: Path) -> set[str]:
         return set()
 
 
+def _unpacked_size(path: Path) -> int:
+    """Bytes that the entries of a zip archive say they hold; 0 where it is damaged or something else."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return sum(entry.file_size for entry in archive.infolist())
+    except (zipfile.BadZipFile, NotImplementedError, ValueError):
+        return 0
+
+
 def is_torchscript(path: Path) -> bool:
     return path.is_file() and "constants.pkl" in _names_in_zip(path)
 
@@ -136,13 +149,18 @@ def _what_is_wrong(path: Path) -> str:
     if zipfile.is_zipfile(path):
         names = _names_in_zip(path)
         if is_torchscript(path):
-            return "it is a TorchScript file, whose name ends in .pt"
+            return "it is a TorchScript file; give it a name that ends in .pt"
         if "data.pkl" in names:
             return "it is damaged, or holds Python objects other than tensors and plain values, which could run code"
         return "it is a zip archive of something else" if names else "it is damaged"
     with path.open("rb") as file:
-        if file.read(1) == pickle.PROTO:
-            return "it is a bare pickle, which could run code; save a state_dict or a checkpoint with torch.save"
+        head = file.read(9)
+    if head[:1] == pickle.PROTO:
+        return "it is a bare pickle, which could run code; save a state_dict or a checkpoint with torch.save"
+    if re.match(rb"\x08[\x01-\x1f][\x12:]", head):  # the fields that ONNX files begin with
+        return "it is an ONNX file; give it a name that ends in .onnx"
+    if head[8:] == b"{":  # after the length of its header
+        return "it is a safetensors file; give it a name that ends in .safetensors, with its config.json beside it"
     return "it is damaged, cut short or of another kind"
 
 
@@ -199,6 +217,22 @@ def check_info(checkpoint: dict, path: str | Path) -> dict:
     return checkpoint
 
 
+def _fit(checkpoint: dict, spec: InputSpec) -> nn.Module:
+    """The network without memory, after a look whether the file holds its weights; RuntimeError where it doesn't.
+
+    The sizes that a file asks for are thus allocated only where it is that large itself.
+    """
+    with torch.device("meta"):
+        model = create_model(checkpoint["arch"], checkpoint["num_classes"], image_size=spec.image_size)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that nothing is copied yet
+        model.load_state_dict(checkpoint["state_dict"])
+    for key, value in checkpoint["state_dict"].items():
+        if value.nbytes > value.untyped_storage().nbytes():  # a few numbers stretched to any size
+            raise InputError(f"its weights are damaged: {printable(key)} is larger than what is stored of it")
+    return model
+
+
 def build_model(checkpoint: dict, path: str | Path = "the checkpoint") -> nn.Module:
     """The network of a checkpoint on the CPU, in evaluation mode, with `class_names`, `temperature`, `trained_on`.
 
@@ -206,10 +240,10 @@ def build_model(checkpoint: dict, path: str | Path = "the checkpoint") -> nn.Mod
     """
     try:
         spec = InputSpec.from_dict(checkpoint["input_spec"])
-        model = create_model(checkpoint["arch"], checkpoint["num_classes"], image_size=spec.image_size)
+        model = _fit(checkpoint, spec)
         if spec.channels != model.input_spec.channels:
             raise InputError(f"its input_spec has {spec.channels} channels, not {model.input_spec.channels}")
-        model.load_state_dict(checkpoint["state_dict"])
+        model.to_empty(device="cpu").load_state_dict(checkpoint["state_dict"])
         for key, value in model.state_dict().items():
             if not value.isfinite().all():
                 raise InputError(f"its weights are damaged: {printable(key)} holds values that are no finite numbers")

@@ -21,6 +21,7 @@ MARGIN = {"haar": 0.02, "yunet": 0.0}  # on each side; benchmarks.faces measures
 CASCADE = "haarcascade_frontalface_alt2.xml"
 INSTALL = 'faces and videos need OpenCV: pip install "opencv-python-headless>=4.10,<5"'
 _local = threading.local()  # a detector holds state while it searches, so each thread has its own
+_importing = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,8 @@ def load_opencv():
     os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
     os.environ.setdefault("OPENCV_VIDEOIO_MSMF_ENABLE_HW_TRANSFORMS", "0")  # or Windows takes a minute per camera
     try:
-        import cv2
+        with _importing:  # cv2 imports itself a second time, and another thread would meanwhile get a half of it
+            import cv2
 
         if not os.path.isfile(cv2.data.haarcascades + CASCADE) or not hasattr(cv2, "CascadeClassifier"):
             raise ImportError("this build of OpenCV has no cascades")

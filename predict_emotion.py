@@ -50,6 +50,7 @@ from video import Video, classify_video, is_video
 __all__ = ["BUNDLED", "CROP_SIZE", "load_model", "predict_faces", "predict_image", "predict_images"]  # the public API
 COLUMNS = ["file", "time", "face", "left", "top", "width", "height", "score", "emotion", "confidence"]
 SAMPLES = 20  # pictures in prediction_samples.png
+_FORMULA_STARTS = tuple("=+-@\t\r\n＝＋－＠")  # the last four are full-width, which some spreadsheets take alike
 
 
 def get_args_parser() -> ArgumentParser:
@@ -156,7 +157,7 @@ class _Interrupted(Exception):
 
 def to_cell(value):
     """As a table's cell: empty for None, and text that a spreadsheet would take for a formula behind an apostrophe."""
-    if isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r")):
+    if isinstance(value, str) and value.startswith(_FORMULA_STARTS):
         return "'" + value
     return "" if value is None else value
 

@@ -236,6 +236,57 @@ def test_torchscript(tmp_path):
     assert "TorchScript" in refusal(tmp_path / "script.pth")
 
 
+def test_an_onnx_file_is_told_as_one(tmp_path):
+    onnx = pytest.importorskip("onnx")
+    value = onnx.helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, [1])
+    graph = onnx.helper.make_graph([onnx.helper.make_node("Identity", ["x"], ["y"])], "g", [value], [value])
+    for number, options in enumerate(({}, {"producer_name": "pytorch"})):
+        onnx.save(onnx.helper.make_model(graph, **options), tmp_path / f"{number}.pth")
+        assert "ONNX file" in refusal(tmp_path / f"{number}.pth") and ".onnx" in refusal(tmp_path / f"{number}.pth")
+
+
+def test_a_safetensors_file_is_told_as_one(tmp_path):
+    pytest.importorskip("safetensors.torch").save_file(tiny().state_dict(), tmp_path / "weights.pth")
+    assert "name that ends in .safetensors" in refusal(tmp_path / "weights.pth")
+
+
+def pack_again(path, method=zipfile.ZIP_STORED, change=lambda name, content: content):
+    """Writes the archive anew with its entries changed."""
+    with zipfile.ZipFile(path) as archive:
+        entries = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w", method) as archive:
+        for name, content in entries.items():
+            archive.writestr(name, change(name, content))
+
+
+def test_a_zip_bomb_is_refused(saved):
+    path, checkpoint = saved
+    pack_again(path, zipfile.ZIP_DEFLATED)
+    build_model(read_checkpoint(path))  # honestly compressed
+    save_checkpoint({**checkpoint, "surplus": torch.zeros(2**24)}, path)
+    pack_again(path, zipfile.ZIP_DEFLATED)
+    assert "unpack" in refusal(path)
+    with pytest.raises(InputError, match="unpack"):
+        load_initial_weights(tiny(), path)
+
+
+def test_a_checkpoint_saved_on_cuda_is_read_on_the_cpu(saved):
+    path, checkpoint = saved
+    here, there = b"X\x03\0\0\0cpu", b"X\x06\0\0\0cuda:0"
+
+    def change(name, content):
+        assert content.count(here) == name.endswith("/data.pkl")  # further tensors refer to the first one's place
+        return content.replace(here, there)
+
+    pack_again(path, change=change)
+    if not torch.cuda.is_available():
+        with pytest.raises(RuntimeError, match="CUDA"):
+            torch.load(path, weights_only=True)
+    model = build_model(read_checkpoint(path))
+    assert_same(model, checkpoint["state_dict"])
+    assert {parameter.device.type for parameter in model.parameters()} == {"cpu"}
+
+
 def test_zip_of_something_else(tmp_path):
     with zipfile.ZipFile(tmp_path / "zip.pth", "w") as archive:
         archive.writestr("readme.txt", "hello")
@@ -331,6 +382,40 @@ def test_image_size_of_another_network(saved):
     checkpoint["input_spec"]["image_size"] = 64
     save_checkpoint(checkpoint, path)
     assert "don't fit" in refusal(path)
+
+
+@pytest.fixture
+def little_memory():
+    """2 GiB more than the process has."""
+    resource, statm = pytest.importorskip("resource"), Path("/proc/self/statm")
+    if not statm.exists():
+        pytest.skip("needs Linux's /proc")
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    taken = int(statm.read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (taken + 2**31, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_AS, before)
+
+
+@pytest.mark.parametrize("arch", ["cnn4", "cnn6_bn"])
+def test_no_network_is_allocated_that_the_file_does_not_hold(arch, saved, little_memory):
+    path, _ = saved
+    checkpoint = checkpoint_of(tiny(arch=arch))
+    checkpoint["input_spec"]["image_size"] = 2048  # 32 GiB
+    save_checkpoint(checkpoint, path)
+    assert "size mismatch" in refusal(path)
+
+
+def test_weights_of_a_few_numbers_stretched_to_any_size(saved, little_memory):
+    path, _ = saved
+    with torch.device("meta"):
+        shapes = create_model("cnn6_bn", 3, image_size=2048).state_dict()
+    checkpoint = checkpoint_of(tiny(arch="cnn6_bn"))
+    checkpoint["input_spec"]["image_size"] = 2048
+    weights = {key: torch.zeros((), dtype=value.dtype).expand(value.shape) for key, value in shapes.items()}
+    save_checkpoint({**checkpoint, "state_dict": weights}, path)
+    assert path.stat().st_size < 100_000
+    assert "larger than what is stored" in refusal(path)
 
 
 @pytest.mark.parametrize("change", [{"image_size": 4}, {"std": [0.0] * 3}, {"mean": None}, {"surplus": 1}], ids=repr)
@@ -496,6 +581,7 @@ def test_files_without_permission():
 @pytest.mark.parametrize("change", [
     {"metrics": {"\x1b]0;title\x07": 1.0}}, {"config": {"\x1b[2J": 1}}, {"config": {5: 1}}, {"arch": "\x1b[31m"},
     {"temperature": 0.0}, {"temperature": float("nan")}, {"temperature": -1.0}, {"temperature": float("inf")},
+    {"class_names": ["angry", "\x1b[2J", "sad"]}, {"class_names": ["angry", "a\nb", "sad"]},
 ])  # fmt: skip
 def test_what_would_be_printed_or_divided_by_is_checked(saved, change):
     path, checkpoint = saved

@@ -2,6 +2,8 @@ import io
 import json
 import os
 import shutil
+import subprocess
+import sys
 import threading
 import time
 import warnings
@@ -498,6 +500,34 @@ def test_equal_pixels_have_equal_digests(tmp_path):
 # Pictures that can't be read
 
 
+@pytest.mark.skipif(os.name != "posix", reason="makes files that other systems have not")
+def test_whatever_stands_in_a_folder_is_read_or_named(tmp_path):
+    root = draw_folder(tmp_path / "train", {"happy": 1, "sad": 1}, 24)
+    folder, dot = root / "happy", picture_bytes("PNG", 24)
+    for name in ("🙂.png".encode(), b"new\nline.png", b"caf\xe9.png", b"\x1b[31mred.png"):
+        for bad in (b"", b"bad "):
+            with open(os.path.join(os.fsencode(folder), bad + name), "wb") as file:
+                file.write(bad or dot)
+    for number, size in enumerate([(1, 1), (20_000, 1), (1, 20_000)]):
+        Image.new("L", size, 7).save(folder / f"{number}.png")
+    halves(1, 2, "P").save(folder / "palette.png", transparency=2)
+    halves((0, 255, 255, 0), (255, 255, 0, 0), "CMYK").save(folder / "cmyk.jpg")
+    Image.fromarray(np.full((24, 24), 300, np.uint16)).save(folder / "deep.png")
+    halves(0, 1, "1").save(folder / "bits.png")
+    draw_picture(1, 24, "P").save(folder / "moving.gif", save_all=True, append_images=[draw_picture(2, 24, "P")])
+    (folder / "bad page.jpg").write_text("<!DOCTYPE html><html><body>404 Not Found</body></html>")
+    (folder / "bad nowhere.png").symlink_to("nowhere")
+    (folder / "bad round.png").symlink_to("bad round.png")
+    (folder / "loop").symlink_to(".")
+    os.mkfifo(folder / "bad pipe.png")
+    for spec in (GRAY, COLOUR):
+        images = FolderImages(root, spec)
+        assert_like_read_image(images, spec)
+        assert len(images) == 14 and len(images.unreadable) == 8
+        assert all(os.path.basename(path).startswith("bad ") for path in images.unreadable)
+        assert "left out 8 of 22" in images.notes[-1] and all(note.isprintable() for note in images.notes)
+
+
 @pytest.fixture
 def damaged(tmp_path):
     root = draw_folder(tmp_path / "train", {"happy": 4, "sad": 3}, 24)
@@ -660,6 +690,45 @@ def test_a_damaged_cache_is_rebuilt(damage, tmp_path, own_cache):
     assert_like_read_image(images, GRAY)
     assert images.digests == digests and images.notes == []
     assert cache_files(own_cache) == [cache] and cache.read_bytes() == good
+
+
+def test_a_cache_of_another_version_is_replaced(tmp_path, own_cache, monkeypatch):
+    root = draw_folder(tmp_path / "train", {"happy": 3, "sad": 2}, 24)
+    with monkeypatch.context() as earlier:
+        earlier.setattr(data, "CACHE_VERSION", data.CACHE_VERSION - 1)
+        FolderImages(root, GRAY)
+    (old,) = cache_files(own_cache)
+    old.write_bytes(old.read_bytes()[::-1])
+    assert_like_read_image(FolderImages(root, GRAY), GRAY)
+    (new,) = cache_files(own_cache)
+    assert new.name != old.name
+
+
+def test_two_processes_build_one_cache_at_once(tmp_path, own_cache):
+    root = draw_folder(tmp_path / "train", {"happy": 150, "sad": 150}, 24)
+    code = f"""if True:
+        import sys
+        from data import FolderImages
+        from models import InputSpec
+
+        print("ready", flush=True)
+        sys.stdin.readline()
+        images = FolderImages({str(root)!r}, InputSpec(image_size=24))
+        print(*images.digests, images.images.tobytes().hex(), images.notes)
+    """
+    command, env = [sys.executable, "-c", code], {**os.environ, "PYTHONPATH": os.path.dirname(data.__file__)}
+    pipe = subprocess.PIPE
+    processes = [subprocess.Popen(command, env=env, stdin=pipe, stdout=pipe, text=True) for _ in range(2)]
+    assert [process.stdout.readline() for process in processes] == ["ready\n"] * 2
+    for process in processes:
+        process.stdin.write("go\n")
+        process.stdin.flush()
+    found = {process.communicate(timeout=300)[0] for process in processes}
+    (cache,) = cache_files(own_cache)
+    images = FolderImages(root, GRAY)
+    assert_like_read_image(images, GRAY)
+    assert found == {" ".join([*images.digests, images.images.tobytes().hex(), "[]\n"])}
+    assert cache_files(own_cache) == [cache]
 
 
 def test_a_rebuilt_cache_leaves_a_mapped_one_alone(tmp_path, own_cache):

@@ -20,6 +20,7 @@ from checkpoints import BEST_NAME, save_checkpoint
 from console import run_script
 from decoding import read_image
 from inference import predict_probs
+from models import create_model
 from predict_emotion import load_model
 
 REPO = Path(__file__).resolve().parent.parent
@@ -293,6 +294,20 @@ def test_mistakes(with_share, run, tmp_path, args, words):
     code, _, err = run(with_share, "--data-dir", with_share / "data", *args)
     assert code == 2
     assert_one_line(err, *words)
+
+
+def test_weights_in_the_layouts_of_other_tools_are_sent_to_training(run, tmp_path):
+    weights = create_model("cnn4_bn", 3).state_dict()
+    layouts = [
+        {"state_dict": weights, "class_names": NAMES}, {"model_state_dict": weights, "classes": NAMES},
+        {"model": weights, "class_to_idx": {}}, {f"module.{key}": value for key, value in weights.items()},
+    ]  # fmt: skip
+    draw_folder(tmp_path / "test", {"angry": 1, "happy": 1})
+    for layout in layouts:
+        torch.save(layout, tmp_path / "other.pth")
+        code, out, err = run(tmp_path, "--checkpoint", tmp_path / "other.pth", "--data-dir", tmp_path)
+        assert (code, out) == (2, "")
+        assert_one_line(err, "other.pth", "--weights")
 
 
 def test_output_folder_that_cannot_be_written(with_share, run, tmp_path):

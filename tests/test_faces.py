@@ -426,6 +426,32 @@ def test_whole_pictures_with_one_hint(photos, loaded, tmp_path):
     assert done.stdout.count("whole picture") == 3  # the crop would have been taken whole anyway
 
 
+def test_a_thread_waits_until_another_has_imported_opencv(tmp_path):
+    """OpenCV stands half loaded under its name while it imports its compiled part."""
+    (tmp_path / faces.CASCADE).touch()
+    (tmp_path / "cv2.py").write_text(f"""if True:
+        import sys, time, types
+        whole = sys.modules.pop(__name__)
+        sys.modules[__name__] = types.ModuleType(__name__)
+        time.sleep(1)
+        data, CascadeClassifier = types.SimpleNamespace(haarcascades={str(tmp_path) + os.sep!r}), None
+        sys.modules[__name__] = whole
+    """)
+    code = """if True:
+        import sys, threading
+        from faces import opencv_problem
+
+        first = threading.Thread(target=opencv_problem)
+        first.start()
+        while "cv2" not in sys.modules or hasattr(sys.modules["cv2"], "__file__"):
+            pass
+        print(opencv_problem())
+    """
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(REPO)])}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=300)
+    assert (done.stdout, done.returncode) == ("None\n", 0), done.stderr
+
+
 def test_crops_need_no_hint(photos, loaded, tmp_path):
     done = without_opencv(photos / "crop.png", "--checkpoint", loaded[0], cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")

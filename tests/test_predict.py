@@ -566,6 +566,41 @@ def test_missing_permissions_are_one_line():
         assert name in line
 
 
+def test_weights_in_the_layouts_of_other_tools_are_sent_to_training(run, photo, checkpoint, tmp_path):
+    good = torch.load(checkpoint, weights_only=True)
+    weights, index = good["state_dict"], {name: number for number, name in enumerate(NAMES)}
+    layouts = [
+        {"state_dict": weights, "class_names": NAMES}, {"model_state_dict": weights, "classes": NAMES},
+        {"model": weights, "class_to_idx": index}, {f"module.{key}": value for key, value in weights.items()},
+    ]  # fmt: skip
+    for layout in layouts:
+        torch.save(layout, tmp_path / "other.pth")
+        for arguments in ([photo], ["--info"]):
+            code, out, err = run(*arguments, model=tmp_path / "other.pth")
+            assert (code, out) == (2, "")
+            assert_one_line(err, "other.pth", "--weights")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="makes names that other systems have not")
+def test_names_of_every_kind_are_read_back_from_a_table(run, tmp_path):
+    names = ['a;b,c".png', "new\nline.png", "🙂.png", os.fsdecode(b"caf\xe9.png"), "\x1b[31mred.png", "a\r\nb'.png"]
+    paths = sorted(str(tmp_path / "p" / name) for name in names)
+    (tmp_path / "p").mkdir()
+    for number, path in enumerate(paths):
+        draw_picture(number).save(path)
+    classes = ['a;b,c"', "=x", "＋y", "'z"]
+    model = write_checkpoint(tmp_path / "classes.pth", names=classes)
+    for table in ("p.csv", "p.json"):
+        code, out, err = run(tmp_path / "p", "--output", tmp_path / table, model=model)
+        assert code == 0 and len(out.splitlines()) == len(names) and (out + err).replace("\n", "").isprintable()
+    with open(tmp_path / "p.csv", newline="", encoding="utf-8", errors="surrogateescape") as file:
+        header, *rows = csv.reader(file)
+    assert [row[0] for row in rows] == paths
+    assert header[-4:] == ['a;b,c"', "'=x", "'＋y", "'z"]
+    listed = json.loads((tmp_path / "p.json").read_text(encoding="utf-8"))
+    assert [row["file"] for row in listed] == paths and list(listed[0])[-4:] == classes
+
+
 def test_names_are_no_formulas_in_a_table(run, tmp_path, monkeypatch):
     """A spreadsheet would run what begins with =, +, - or @; a name from outside stays text."""
     path = write_checkpoint(tmp_path / "model.pth", names=["+1", "=cmd()", "sad"])

@@ -976,6 +976,13 @@ def test_folders_that_are_refused(data, refuse, tmp_path):
     assert not (tmp_path / "out" / BEST_NAME).exists()
 
 
+def test_a_class_of_one_picture_and_fewer_than_a_batch(tmp_path, run):
+    draw_folder(tmp_path / "train", {"angry": 1, "happy": 3})
+    code, out, err = run("--data-dir", tmp_path, "--output-dir", tmp_path / "out", *SMALL, "--epochs", "1")
+    assert (code, err) == (0, "") and "3 pictures to train, 1 to validate" in out
+    assert load_model(tmp_path / "out" / BEST_NAME, device="cpu")[1] == ["angry", "happy"]
+
+
 def test_output_folders_that_are_refused(plain_run, refuse, tmp_path):
     (tmp_path / "file").write_text("not a folder")
     for folder in (tmp_path / "file", tmp_path / "file" / "below"):

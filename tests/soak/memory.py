@@ -1,0 +1,65 @@
+"""Predicts many pictures in one process, and looks at its memory.
+
+    python -m tests.soak.memory --predictions 10000
+
+Arrays, one at a time and in batches, and a file that can't be read, with the smallest network. What the process holds
+after all of them may be no more than 20 MB above what it held after the first fifth.
+"""
+
+import argparse
+import resource
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from inference import predict_image, predict_images
+from models import InputError, create_model
+
+STATM = Path("/proc/self/statm")  # Linux alone tells what a process holds now; elsewhere only its peak is known
+LIMIT = 20e6
+
+
+def held() -> int:
+    """Bytes of memory that this process holds."""
+    return int(STATM.read_text().split()[1]) * resource.getpagesize()
+
+
+def predict_some(model: torch.nn.Module, count: int, rng: np.random.Generator) -> None:
+    """`count` predictions: of every 64 half in one batch and half alone, and one picture more that can't be read."""
+    names = [str(number) for number in range(model.num_classes)]
+    for start in range(0, count, 64):
+        pictures = list(rng.integers(0, 256, (min(64, count - start), 32, 32, 3), dtype=np.uint8))
+        half = len(pictures) // 2
+        predict_images(model, pictures[:half], names)
+        for picture in pictures[half:]:
+            predict_image(model, picture, names)
+        try:
+            predict_image(model, __file__, names)
+        except InputError:
+            continue
+        raise AssertionError("a text was read as a picture")
+
+
+def soak(predictions: int) -> int:
+    """Bytes that memory grew by over the last four fifths of so many predictions."""
+    rng = np.random.default_rng(0)
+    torch.manual_seed(0)
+    model = create_model("cnn6_rgb", 7, image_size=32).eval()
+    predict_some(model, predictions // 5, rng)
+    warm = held()
+    predict_some(model, predictions - predictions // 5, rng)
+    return held() - warm
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--predictions", type=int, default=10_000, help="(default: 10000)")
+    args = parser.parse_args()
+    grown = soak(args.predictions)
+    assert grown < LIMIT, f"memory grew by {grown / 1e6:.1f} MB"
+    print(f"{args.predictions:,} predictions: memory grew by {grown / 1e6:.1f} MB")
+
+
+if __name__ == "__main__":
+    main()
