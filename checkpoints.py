@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from finetuning import load_backbone
-from models import InputError, InputSpec, create_model, head_prefix, printable
+from models import InputError, InputSpec, create_model, head_prefix, input_spec_for, printable
 
 FORMAT_VERSION = 1
 MAX_CLASSES = 10_000
@@ -170,6 +170,24 @@ def read_checkpoint(path: str | Path) -> dict:
     Raises InputError with one line for anything else, a file that would run code when loaded among them.
     """
     return _check(_read(Path(path)), path)
+
+
+def adopt_checkpoint(path: str | Path, arch: str, class_names: list[str]) -> dict:
+    """A checkpoint made of another tool's state_dict of `arch`, bare or in a usual layout, as read_checkpoint's.
+
+    `class_names` are in the order of its logits. Raises InputError with one line where there is no state_dict in it.
+    """
+    loaded = _read(Path(path))
+    if isinstance(loaded, dict) and "format_version" in loaded:
+        raise InputError(f"{path} is a checkpoint of this project, which has its own arch and class names")
+    state_dict = _unwrap(loaded)
+    if state_dict is None:
+        raise InputError(f"{path} holds no state_dict")
+    spec = input_spec_for(arch).to_dict()
+    checkpoint = {"format_version": FORMAT_VERSION, "arch": arch, "num_classes": len(class_names), "metrics": {},
+                  "class_names": list(class_names), "input_spec": spec, "temperature": 1.0, "config": {}, "epoch": 0,
+                  "trained_on": "what another tool had", "state_dict": state_dict}  # fmt: skip
+    return check_info(checkpoint, path)
 
 
 def _check(checkpoint, path: str | Path) -> dict:

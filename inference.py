@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from checkpoints import BEST_NAME, build_model, read_checkpoint
+from checkpoints import BEST_NAME, adopt_checkpoint, build_model, read_checkpoint
 from data import SAMPLE_SET
 from decoding import in_chunks, read_image, read_whole, to_input
 from engine import memory_format, pick_device
@@ -43,20 +43,35 @@ def find_checkpoint(path: str | Path | None = None) -> Path:
 
 
 def load_model(
-    path: str | Path | None = None, device: str = "auto", *, trust: bool = False
+    path: str | Path | None = None,
+    device: str = "auto",
+    *,
+    trust: bool = False,
+    arch: str | None = None,
+    class_names: list[str] | None = None,
 ) -> tuple[nn.Module, list[str]]:
     """The network of a checkpoint or an exported file, in evaluation mode on `device`, and its class names.
 
     Without `path`: best_emotion_model.pth in the current folder, else weights/emotion_model.pth. The network carries
     `arch`, `input_spec`, `class_names`, `temperature` and `trained_on`. TorchScript and torch.export files can carry
-    code, and are loaded with `trust` only. Raises InputError (a ValueError).
+    code, and are loaded with `trust` only. Of another tool's weights for one of our networks, `arch` and `class_names`
+    say what they are. Raises InputError (a ValueError).
     """
-    model, _ = open_model(path, device, trust=trust)
+    model, _ = open_model(path, device, trust=trust, arch=arch, class_names=class_names)
     return model, model.class_names
 
 
-def open_model(path: str | Path | None = None, device: str = "auto", *, trust: bool = False) -> tuple[nn.Module, dict]:
+def open_model(
+    path: str | Path | None = None,
+    device: str = "auto",
+    *,
+    trust: bool = False,
+    arch: str | None = None,
+    class_names: list[str] | None = None,
+) -> tuple[nn.Module, dict]:
     """As load_model, with all that the file says of the network; says so where the network knows only drawings."""
+    if (arch is None) != (class_names is None):
+        raise InputError("arch and class_names go together: they say what another tool's weights are")
     path = find_checkpoint(path)
     if is_exported(path):
         model, info = read_exported(path, trust=trust)
@@ -64,7 +79,7 @@ def open_model(path: str | Path | None = None, device: str = "auto", *, trust: b
             raise InputError(f"--device {device}: {path} runs on the CPU; use the checkpoint for other devices")
         device = "cpu" if hasattr(model, "eats_uint8") else device
     else:
-        info = read_checkpoint(path)
+        info = adopt_checkpoint(path, arch, class_names) if arch else read_checkpoint(path)
         model = build_model(info, path)
     target = pick_device(device)
     model = model.to(target, memory_format=memory_format(target))

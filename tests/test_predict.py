@@ -566,7 +566,7 @@ def test_missing_permissions_are_one_line():
         assert name in line
 
 
-def test_weights_in_the_layouts_of_other_tools_are_sent_to_training(run, photo, checkpoint, tmp_path):
+def test_weights_in_the_layouts_of_other_tools_load_where_they_are_named(run, photo, checkpoint, tmp_path):
     good = torch.load(checkpoint, weights_only=True)
     weights, index = good["state_dict"], {name: number for number, name in enumerate(NAMES)}
     layouts = [
@@ -579,6 +579,17 @@ def test_weights_in_the_layouts_of_other_tools_are_sent_to_training(run, photo, 
             code, out, err = run(*arguments, model=tmp_path / "other.pth")
             assert (code, out) == (2, "")
             assert_one_line(err, "other.pth", "--weights")
+        expected = predict_image(load_model(checkpoint)[0], photo, NAMES)
+        model, names = load_model(tmp_path / "other.pth", arch=good["arch"], class_names=NAMES)
+        assert names == NAMES and predict_image(model, photo, names) == expected
+    for path, arch, words in (
+        (tmp_path / "other.pth", "cnn4", "cnn4"), (tmp_path / "other.pth", "nothing", "nothing"),
+        (checkpoint, good["arch"], "its own arch"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=words):
+            load_model(path, arch=arch, class_names=NAMES)
+    with pytest.raises(ValueError, match="cnn4_bn"):
+        load_model(tmp_path / "other.pth", arch="cnn4_bn", class_names=NAMES[:-1])
 
 
 @pytest.mark.skipif(os.name != "posix", reason="makes names that other systems have not")
