@@ -56,8 +56,9 @@ def make_checkpoint(
 def to_deployed(config: dict) -> dict:
     """What the checkpoint that deploys keeps of `config`: of --weights and --teacher the names of the files."""
     kept = {name: value for name, value in config.items() if name not in PATHS}
-    teachers = config.get("teacher") and [Path(path).name for path in config["teacher"]]
-    return kept | {"weights": config.get("weights") and Path(config["weights"]).name, "teacher": teachers}
+    teachers = config.get("teacher")
+    teachers = [Path(str(path)).name for path in teachers] if isinstance(teachers, list) else None
+    return kept | {"weights": config.get("weights") and Path(str(config["weights"])).name, "teacher": teachers}
 
 
 def replace_file(path: str | Path, write) -> None:
@@ -126,16 +127,16 @@ def _names_in_zip(path: Path) -> set[str]:
     try:
         with zipfile.ZipFile(path) as archive:
             return {name.rpartition("/")[2] for name in archive.namelist()}
-    except (zipfile.BadZipFile, OSError):
+    except (zipfile.BadZipFile, OSError, NotImplementedError, ValueError):
         return set()
 
 
 def _unpacked_size(path: Path) -> int:
-    """Bytes that the entries of a zip archive say they hold; 0 where it is damaged or something else."""
+    """Bytes that the entries of a zip archive hold, to the reader that torch.load has; 0 for what it refuses too."""
     try:
-        with zipfile.ZipFile(path) as archive:
-            return sum(entry.file_size for entry in archive.infolist())
-    except (zipfile.BadZipFile, NotImplementedError, ValueError):
+        reader = torch._C.PyTorchFileReader(str(path))  # zipfile may see other entries than this one does
+        return sum(reader.get_record_size(name) for name in reader.get_all_records())
+    except RuntimeError:
         return 0
 
 
@@ -146,15 +147,15 @@ def is_torchscript(path: Path) -> bool:
 def _what_is_wrong(path: Path) -> str:
     if path.stat().st_size == 0:
         return "the file is empty"
-    if zipfile.is_zipfile(path):
+    with path.open("rb") as file:
+        head = file.read(9)
+    if head.startswith(b"PK"):
         names = _names_in_zip(path)
         if is_torchscript(path):
             return "it is a TorchScript file; give it a name that ends in .pt"
         if "data.pkl" in names:
             return "it is damaged, or holds Python objects other than tensors and plain values, which could run code"
         return "it is a zip archive of something else" if names else "it is damaged"
-    with path.open("rb") as file:
-        head = file.read(9)
     if head[:1] == pickle.PROTO:
         return "it is a bare pickle, which could run code; save a state_dict or a checkpoint with torch.save"
     if re.match(rb"\x08[\x01-\x1f][\x12:]", head):  # the fields that ONNX files begin with
@@ -175,8 +176,11 @@ def read_checkpoint(path: str | Path) -> dict:
 def adopt_checkpoint(path: str | Path, arch: str, class_names: list[str]) -> dict:
     """A checkpoint made of another tool's state_dict of `arch`, bare or in a usual layout, as read_checkpoint's.
 
-    `class_names` are in the order of its logits. Raises InputError with one line where there is no state_dict in it.
+    `class_names` are in the order of its logits; pictures are prepared as for our networks of that arch. Raises
+    InputError with one line where there is no state_dict in it.
     """
+    if not isinstance(class_names, list | tuple) or not all(isinstance(name, str) for name in class_names):
+        raise InputError(f"class_names must be a list of names, in the order of the logits, not {class_names!r:.100}")
     loaded = _read(Path(path))
     if isinstance(loaded, dict) and "format_version" in loaded:
         raise InputError(f"{path} is a checkpoint of this project, which has its own arch and class names")
@@ -246,7 +250,7 @@ def _fit(checkpoint: dict, spec: InputSpec) -> nn.Module:
         warnings.simplefilter("ignore")  # that nothing is copied yet
         model.load_state_dict(checkpoint["state_dict"])
     for key, value in checkpoint["state_dict"].items():
-        if value.nbytes > value.untyped_storage().nbytes():  # a few numbers stretched to any size
+        if value.is_meta or value.nbytes > value.untyped_storage().nbytes():  # a few numbers stretched to any size
             raise InputError(f"its weights are damaged: {printable(key)} is larger than what is stored of it")
     return model
 

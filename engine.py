@@ -191,9 +191,9 @@ class TrainStep:
     splits a batch into that many passes whose gradients add up: the same step in less memory. `mixup` blends each
     picture and its label with another's, by a share for the batch from Beta(mixup, mixup): Zhang et al. 2018,
     arXiv:1710.09412. With `teachers`, networks in evaluation mode, TEACHER_SHARE of the loss is the cross-entropy with
-    the probabilities that one of them, drawn anew for each batch, gives the same augmented pictures: Hinton et al.
-    2015, arXiv:1503.02531, by the same views as in Beyer et al. 2021, arXiv:2106.05237. In a `group` of processes the
-    batch is shared among them, and their gradients add up.
+    the softmax of the logits that one of them, drawn anew for each batch and process, gives the same augmented
+    pictures: Hinton et al. 2015, arXiv:1503.02531, by the same views as in Beyer et al. 2021, arXiv:2106.05237; the
+    rest is the loss above. In a `group` of processes the batch is shared among them, and their gradients add up.
     """
 
     def __init__(

@@ -55,7 +55,7 @@ def load_model(
     Without `path`: best_emotion_model.pth in the current folder, else weights/emotion_model.pth. The network carries
     `arch`, `input_spec`, `class_names`, `temperature` and `trained_on`. TorchScript and torch.export files can carry
     code, and are loaded with `trust` only. Of another tool's weights for one of our networks, `arch` and `class_names`
-    say what they are. Raises InputError (a ValueError).
+    say what they are; pictures are prepared as for ours. Raises InputError (a ValueError).
     """
     model, _ = open_model(path, device, trust=trust, arch=arch, class_names=class_names)
     return model, model.class_names
@@ -74,12 +74,14 @@ def open_model(
         raise InputError("arch and class_names go together: they say what another tool's weights are")
     path = find_checkpoint(path)
     if is_exported(path):
+        if arch is not None:
+            raise InputError(f"{path} is an exported file, which has its own arch and class names")
         model, info = read_exported(path, trust=trust)
         if hasattr(model, "eats_uint8") and device not in ("auto", "cpu"):
             raise InputError(f"--device {device}: {path} runs on the CPU; use the checkpoint for other devices")
         device = "cpu" if hasattr(model, "eats_uint8") else device
     else:
-        info = adopt_checkpoint(path, arch, class_names) if arch else read_checkpoint(path)
+        info = adopt_checkpoint(path, arch, class_names) if arch is not None else read_checkpoint(path)
         model = build_model(info, path)
     target = pick_device(device)
     model = model.to(target, memory_format=memory_format(target))

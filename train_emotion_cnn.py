@@ -88,7 +88,8 @@ FLAGS = {  # group: (flag, default, argparse's options, help)
         ("--label-smoothing", BY_ARCH, {"type": _SHARE}, "share of the target spread over all classes"),
         ("--mixup", BY_ARCH, {"type": _number(float, 0), "metavar": "ALPHA"}, "blend pairs of pictures and their "
          "labels, 0.2 say; 0 is off"),
-        ("--teacher", None, {"nargs": "+", "metavar": "PATH"}, "learn from the answers of these checkpoints too"),
+        ("--teacher", None, {"nargs": "+", "action": "extend", "metavar": "PATH"}, "learn from the answers of these "
+         "checkpoints too"),
         ("--grad-accum", 1, {"type": _number(int, 1), "metavar": "N"}, "split each batch into N passes: the same step "
          "in less memory"),
         ("--clip-grad", 0.0, {"type": _number(float, 0), "metavar": "NORM"}, "clip the gradient's norm; 0 is off"),
@@ -149,8 +150,10 @@ def settle(given: dict) -> tuple[dict, dict | None]:
         settings["pretrained"] = arch.is_backbone and settings["weights"] is None
     if settings["pretrained"] and settings["weights"]:
         raise InputError("--pretrained and --weights both say where to start from; give one")
-    if settings["weights"] and not os.path.exists(settings["weights"]):
-        raise InputError(f"--weights: no file {settings['weights']}")
+    for flag, paths in (("--weights", [settings["weights"]]), ("--teacher", settings["teacher"] or ())):
+        for path in filter(None, paths):
+            if not os.path.exists(path):
+                raise InputError(f"{flag}: no file {path}")
     if arch.is_backbone and settings["freeze"] and not (settings["pretrained"] or settings["weights"]):
         raise InputError("--freeze keeps what was learnt, and with --no-pretrained nothing was; leave one out")
     strengths = parse_augment(settings["augment"])  # a mistake in it should show before the pictures are read
@@ -317,6 +320,8 @@ def run_training(run: Run, resumed: dict | None) -> None:
     if resumed:
         run.restore(resumed, resume_path(run.settings))
         say("this run is finished; its reports follow" if run.is_finished else f"resumed after epoch {run.epoch}")
+    if run.group.is_main:
+        run.remove_left_overs()
     writer = make_writer(run.settings["tensorboard"]) if run.group.is_main else None
     try:
         train(run, writer, say)

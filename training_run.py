@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import hashlib
 import math
 import os
 import shutil
@@ -40,12 +41,16 @@ from engine import (
     train_one_epoch,
 )
 from finetuning import freeze, load_imagenet_weights, train_mode
-from models import InputError, create_model, printable
+from models import InputError, create_model, get_arch, printable
 from splits import Batches, Splits, draw_order
 
 HISTORY_NAME = "training_history.csv"
-# Settings that may differ from the resumed run's. data_dir is among them because the pictures themselves are compared.
-FREE_ON_RESUME = {"epochs", "device", "output_dir", "resume", "data_dir", "cache_dir", "tensorboard", "strict"}
+# Settings that may differ from the resumed run's. data_dir is among them because the pictures themselves are compared;
+# so are the teachers.
+FREE_ON_RESUME = {
+    "epochs", "device", "output_dir", "resume", "data_dir", "cache_dir", "tensorboard", "strict", "teacher",
+}  # fmt: skip
+PREVIOUS = ".previous.pth"  # in the place of .pth: the checkpoints of the run before in the same folder
 
 
 def make_class_weights(kind: str, counts: list[int]) -> list[float] | None:
@@ -94,8 +99,6 @@ class Run:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True, warn_only=True)  # torch names what it has no such algorithm for
         self.output_dir, self.is_resumed = Path(settings["output_dir"]), is_resumed
-        if group.is_main:
-            self._remove_left_overs()
         self.model = self._make_model()
         self.generator = torch.Generator(device)
         self.step = self._make_step()
@@ -130,6 +133,8 @@ class Run:
         self.class_weights = make_class_weights(settings["class_weights"], counts)
         strengths = parse_augment(settings["augment"])
         teachers = [self._load_teacher(path) for path in settings["teacher"] or ()]
+        self.teacher_hashes = [_hash_file(path) for path in settings["teacher"] or ()]
+        self.group.check_same(self.teacher_hashes, "teachers")
         return TrainStep(
             self.model,
             optimizer,
@@ -147,8 +152,13 @@ class Run:
         )
 
     def _load_teacher(self, path: str) -> nn.Module:
+        if os.path.realpath(path) in {os.path.realpath(self.output_dir / name) for name in _checkpoint_names()}:
+            raise InputError(f"--teacher {path} would be written over by this run; copy it, or change --output-dir")
         checkpoint = read_checkpoint(path)
         model = build_model(checkpoint, path)
+        if parse_augment(self.settings["augment"]).window < 1 and not get_arch(model.arch).takes_any_size:
+            raise InputError(f"--teacher {path}: {model.arch} takes pictures of one size only; pass --augment without "
+                             "window")  # fmt: skip
         for name, its, own in (
             ("classes", checkpoint["class_names"], self.splits.class_names),
             ("input", model.input_spec.to_dict(), self.splits.spec.to_dict()),
@@ -261,6 +271,7 @@ class Run:
             "early_stopping": {"since_best": self.since_best},
             "class_weights": self.class_weights,
             "split_hash": self.splits.split_hash,
+            "teacher_hashes": self.teacher_hashes,
         }
         save_checkpoint(checkpoint, self.output_dir / FINAL_NAME)
         with contextlib.suppress(InputError):  # Excel locks what it shows; the next epoch and the report write it again
@@ -271,16 +282,16 @@ class Run:
         if self.is_resumed or not (self.output_dir / BEST_NAME).exists():
             return []
         return [f"earlier results in {printable(self.output_dir)} are replaced; the checkpoints are kept, their names "
-                "ending in .previous.pth"]  # fmt: skip
+                f"ending in {PREVIOUS}"]  # fmt: skip
 
     def _keep_previous(self) -> None:
         for path in (self.output_dir / BEST_NAME, self.output_dir / FINAL_NAME):
             if path.exists():
-                copy_file(path, path.with_suffix(".previous.pth"))
+                copy_file(path, path.with_suffix(PREVIOUS))
 
-    def _remove_left_overs(self) -> None:
+    def remove_left_overs(self) -> None:
         """Removes the temporary files of an earlier process that was killed while it wrote them."""
-        for name in (BEST_NAME, FINAL_NAME, HISTORY_NAME):
+        for name in (*_checkpoint_names(), HISTORY_NAME):
             for path in self.output_dir.glob(f".{name}.*.tmp"):
                 with contextlib.suppress(OSError):
                     path.unlink()
@@ -293,6 +304,11 @@ class Run:
         splits = self.splits
         if (checkpoint["split_hash"], checkpoint["class_names"]) != (splits.split_hash, splits.class_names):
             raise InputError(f"--resume: the pictures or their split have changed since {path} was written; train anew")
+        if checkpoint.get("teacher_hashes", []) != self.teacher_hashes:
+            raise InputError(f"--resume: --teacher must name the networks that taught the run in {path}, in that order")
+        if path.name.endswith(PREVIOUS):
+            raise InputError(f"--resume: copy {path} and the best checkpoint that ends so too, as {FINAL_NAME} and "
+                             f"{BEST_NAME}, into a folder of their own, and resume there")  # fmt: skip
         best = path.with_name(BEST_NAME)
         if not best.exists():
             raise InputError(f"--resume: {BEST_NAME} is missing beside {path}; put it back or train anew")
@@ -324,10 +340,22 @@ class Run:
         self.saved_epoch, self.since_best = self.epoch, checkpoint["early_stopping"]["since_best"]
 
 
-def _is_same_run(one: dict, other: dict) -> bool:
-    """Whether two checkpoints are of one run. Not by epoch: a run killed while saving has a best ahead of its final."""
+def _checkpoint_names() -> list[str]:
+    """All that a run may write in its folder; the next one keeps the last two of the first two."""
+    return [BEST_NAME, FINAL_NAME, *(str(Path(name).with_suffix(PREVIOUS)) for name in (BEST_NAME, FINAL_NAME))]
+
+
+def _hash_file(path: str) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _is_same_run(best: dict, final: dict) -> bool:
+    """Whether two checkpoints are of one run. One that is killed while saving has a best ahead of its final."""
+    if best["epoch"] != final["best_metric"]["epoch"] and best["epoch"] <= final["epoch"]:
+        return False
     parts = []
-    for checkpoint in (one, other):
+    for checkpoint in (best, final):
         config = to_deployed(checkpoint["config"])
         config = {key: value for key, value in config.items() if key not in FREE_ON_RESUME}
         parts.append((checkpoint["arch"], checkpoint["class_names"], config))

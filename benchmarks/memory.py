@@ -50,7 +50,8 @@ def watch_video(path: str) -> None:
         resident = []
         with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
             while process.poll() is None:
-                resident.append(read_memory(process.pid).get("VmRSS", 0))
+                memory = read_memory(process.pid)
+                resident += [memory["VmRSS"]] if "VmRSS" in memory else []  # none of a process that is just ending
                 time.sleep(0.2)
         if process.returncode:
             raise InputError("predict_emotion.py has stopped; its message stands above")

@@ -328,13 +328,19 @@ def test_the_loss_with_a_teacher():
     """0.8 of it is the cross-entropy with the teacher's probabilities, 0.2 that with the labels."""
     torch.manual_seed(0)
     model, teacher = (torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, 3)) for _ in range(2))
-    images, labels = torch.rand(6, 1, 2, 2), torch.tensor([0, 1, 2, 0, 1, 2])
-    step = TrainStep(
-        model, make_optimizer("sgd", model, lr=0.0, weight_decay=0), lambda images: images, teachers=[teacher]
-    )
+    images, labels, bias = torch.rand(6, 1, 2, 2), torch.tensor([0, 1, 2, 0, 1, 2]), model[1].bias.detach().clone()
     own, its = model(images).log_softmax(1), teacher(images).softmax(1)
     expected = -0.2 * own[range(6), labels].sum() - 0.8 * (its * own).sum()
-    assert step(images, labels)[0].item() == pytest.approx(expected.item(), rel=1e-5)
+    gradient = torch.autograd.grad(expected / 6, model[1].weight)[0]
+    before = model[1].weight.detach().clone()
+    for passes in (1, 3):
+        optimizer = make_optimizer("sgd", model, lr=0.5, weight_decay=0)
+        optimizer.param_groups[0]["momentum"], optimizer.param_groups[0]["nesterov"] = 0, False
+        step = TrainStep(model, optimizer, lambda images: images, teachers=[teacher], grad_accum=passes)
+        assert step(images, labels)[0].item() == pytest.approx(expected.item(), rel=1e-5)
+        torch.testing.assert_close(model[1].weight, before - 0.5 * gradient)
+        model[1].weight.data.copy_(before)
+        model[1].bias.data.copy_(bias)
     assert all(parameter.grad is None for parameter in teacher.parameters())
 
 

@@ -259,6 +259,11 @@ def test_files_that_carry_code_need_trust(run, folder, file):
         load_model(folder / file)
 
 
+def test_exported_files_have_their_own_class_names(folder):
+    with pytest.raises(ValueError, match="its own arch"):
+        load_model(folder / "emotion_model.onnx", arch="cnn4_bn", class_names=NAMES)
+
+
 @pytest.mark.parametrize("file", FILES)
 @pytest.mark.parametrize("damage", ["cut", "empty", "text", "missing"])
 def test_damaged_files_are_one_line(run, folder, tmp_path, file, damage):

@@ -648,15 +648,18 @@ def test_teachers_are_learnt_from_and_named(plain_run, run, train, tmp_path):
     train(data, tmp_path / "one", "--epochs", 1, "--seed", 5)
     (tmp_path / "one" / BEST_NAME).rename(teachers[0])
     whole = train(data, tmp_path / "whole", "--epochs", 2, "--teacher", *teachers)
-    assert not same(whole["state_dict"], plain["state_dict"])
     assert load(tmp_path / "whole" / BEST_NAME)["config"]["teacher"] == ["one.pth", BEST_NAME]
-    train(data, tmp_path / "parts", "--epochs", 1, "--teacher", *teachers)
+    first = train(data, tmp_path / "parts", "--epochs", 1, "--teacher", *teachers)
+    assert not same(first["state_dict"], plain["state_dict"])
+    shutil.move(teachers[0], tmp_path / "moved.pth")
+    code, _, err = run("--resume", "--output-dir", tmp_path / "parts", "--epochs", 2)
+    assert code == 2 and "one.pth" in err
+    code, _, err = run("--resume", "--output-dir", tmp_path / "parts", "--epochs", 2, "--teacher", teachers[1])
+    assert code == 2 and "--teacher" in err
+    teachers[0] = tmp_path / "moved.pth"
     code, _, err = run("--resume", "--output-dir", tmp_path / "parts", "--epochs", 2, "--teacher", *teachers)
     assert code == 0, err
-    resumed = load(tmp_path / "parts" / FINAL_NAME)
-    assert same(resumed["state_dict"], whole["state_dict"])
-    code, _, err = run("--resume", "--output-dir", tmp_path / "parts", "--teacher", teachers[0])
-    assert code == 2 and "--teacher" in err
+    assert same(load(tmp_path / "parts" / FINAL_NAME)["state_dict"], whole["state_dict"])
 
 
 def test_teachers_that_are_refused(plain_run, refuse, tmp_path):
@@ -665,7 +668,10 @@ def test_teachers_that_are_refused(plain_run, refuse, tmp_path):
     command = ["--output-dir", tmp_path / "out", "--epochs", "1"]
     refuse("--data-dir", tmp_path / "data", *command, *SMALL, "--teacher", teacher, words=["--teacher", "classes"])
     refuse("--data-dir", data, *command, "--arch", "cnn6_rgb", "--teacher", teacher, words=["--teacher", "input"])
-    refuse("--data-dir", data, *command, *SMALL, "--teacher", tmp_path / "none.pth", words=["none.pth"])
+    refuse("--data-dir", data, *command, *SMALL, "--teacher", tmp_path / "none.pth", words=["--teacher", "none.pth"])
+    refuse("--data-dir", data, *command, "--teacher", teacher, words=["--teacher", "cnn4_bn", "window"])
+    refuse("--data-dir", data, *command[2:], *SMALL, "--output-dir", teacher.parent, "--teacher", teacher,
+           words=["--teacher", "--output-dir"])  # fmt: skip
 
 
 def test_earlier_checkpoints_are_kept(plain_run, train, tmp_path):
@@ -676,6 +682,19 @@ def test_earlier_checkpoints_are_kept(plain_run, train, tmp_path):
     train(data, tmp_path, "--epochs", 3, "--seed", 3)
     assert {name: (tmp_path / name).read_bytes() for name in first} == first
     assert {path.name for path in tmp_path.iterdir() if path.is_file()} == FILES | first.keys()
+
+
+def test_the_run_before_is_resumed_in_a_folder_of_its_own(plain_run, run, refuse, train, tmp_path):
+    data, _ = plain_run
+    for seed, epochs in ((4, 2), (4, 1)):
+        train(data, tmp_path, "--epochs", epochs, "--seed", seed)
+    previous = {name: tmp_path / name.replace(".pth", ".previous.pth") for name in (BEST_NAME, FINAL_NAME)}
+    refuse("--resume", previous[FINAL_NAME], words=["previous", BEST_NAME, FINAL_NAME])
+    (tmp_path / "own").mkdir()
+    for name, path in previous.items():
+        shutil.copy(path, tmp_path / "own" / name)
+    assert run("--resume", tmp_path / "own" / FINAL_NAME, "--epochs", 3)[0] == 0
+    assert load(tmp_path / "own" / FINAL_NAME)["epoch"] == 3
 
 
 # Resuming

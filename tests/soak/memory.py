@@ -29,7 +29,7 @@ def predict_some(model: torch.nn.Module, count: int, rng: np.random.Generator) -
     """`count` predictions: of every 64 half in one batch and half alone, and one picture more that can't be read."""
     names = [str(number) for number in range(model.num_classes)]
     for start in range(0, count, 64):
-        pictures = list(rng.integers(0, 256, (min(64, count - start), 32, 32, 3), dtype=np.uint8))
+        pictures = list(rng.integers(0, 256, (min(64, count - start), 96, 96, 3), dtype=np.uint8))
         half = len(pictures) // 2
         predict_images(model, pictures[:half], names)
         for picture in pictures[half:]:
