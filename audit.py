@@ -217,7 +217,7 @@ def _describe_balance(counts: dict[str, dict[str, int]]) -> list[str]:
         total = sum(classes.values())
         shares = ", ".join(f"{name} {count:,} ({100 * count / total:.1f}%)" for name, count in classes.items())
         most, least = max(classes.values()), max(1, min(classes.values()))
-        ratio = f"; the largest class has {most / least:.1f} times the pictures of the smallest" if most > least else ""
+        ratio = f"; the largest class has {most / least:.1f} times the pictures of the smallest" * (most > 1.05 * least)
         lines.append(f"{printable(split)}/: {total:,} pictures: {shares}{ratio}")
     return lines
 
@@ -238,15 +238,17 @@ def format_audit(found: dict, most: int = 20) -> str:
     lines.append(f"blank: {len(found['blank']):,}")
     lines += listed(found["blank"])
     for split, count in found["leaks"].items():
-        lines.append(f"{printable(split)}/ pictures that stand in train/ too: {count['identical']:,} byte for byte, "
-                     f"{count['near']:,} with near-identical ones")  # fmt: skip
+        lines.append(f"{printable(split)}/ pictures that stand in train/ too: {count['near']:,}, of which "
+                     f"{count['identical']:,} byte for byte")  # fmt: skip
     lines.append(f"copies of another picture, byte for byte: {found['copies']:,}")
     for kind, name in (("identical", "identical pictures"), ("near", "near-identical pictures, with their copies")):
         own = [group for group in groups if group["kind"] == kind]
         size = sum(len(group["files"]) for group in own)
         lines.append(f"groups of {name}: {len(own):,}, of {size:,} pictures")
-    lines.append(f"groups under more than one label: {len(conflicts):,}")
-    lines += listed([" = ".join(group["files"][:4]) + " ..." * (len(group["files"]) > 4) for group in conflicts])
+    across = [group for group in groups if len(group["splits"]) > 1]
+    for name, own in (("across splits", across), ("under more than one label", conflicts)):
+        lines.append(f"groups {name}: {len(own):,}")
+        lines += listed([" = ".join(group["files"][:4]) + " ..." * (len(group["files"]) > 4) for group in own])
     return "\n".join(lines) + "\n"
 
 

@@ -196,7 +196,8 @@ def adopt_checkpoint(path: str | Path, arch: str, class_names: list[str]) -> dic
 
 def _check(checkpoint, path: str | Path) -> dict:
     if not isinstance(checkpoint, dict) or "format_version" not in checkpoint:
-        raise InputError(f"{path} is not a checkpoint of this project (bare weights go to training, with --weights)")
+        raise InputError(f"{path} is not a checkpoint of this project (bare weights go to training, with --weights, "
+                         "or to load_model, with arch and class_names)")
     check_info(checkpoint, path)
     if not isinstance(checkpoint.get("state_dict"), dict):
         raise InputError(f"{path} is damaged: its 'state_dict' is missing or no dict")
@@ -265,7 +266,9 @@ def build_model(checkpoint: dict, path: str | Path = "the checkpoint") -> nn.Mod
         model = _fit(checkpoint, spec)
         if spec.channels != model.input_spec.channels:
             raise InputError(f"its input_spec has {spec.channels} channels, not {model.input_spec.channels}")
-        model.to_empty(device="cpu").load_state_dict(checkpoint["state_dict"])
+        kinds = {key: value.dtype for key, value in model.state_dict().items()}
+        weights = {key: value.to(kinds[key], copy=True) for key, value in checkpoint["state_dict"].items()}
+        model.load_state_dict(weights, assign=True)
         for key, value in model.state_dict().items():
             if not value.isfinite().all():
                 raise InputError(f"its weights are damaged: {printable(key)} holds values that are no finite numbers")

@@ -54,7 +54,8 @@ def _named_errors(source):
         raise
     except Exception as error:  # decoders raise anything from SyntaxError to struct.error on damaged files
         name = printable(source) if isinstance(source, str | os.PathLike) else "the picture"
-        reason = printable(error).split(" <", 1)[0] if str(error) else type(error).__name__
+        text = getattr(error, "strerror", None) or str(error)  # without the number and the name again
+        reason = printable(text).split(" <", 1)[0] or type(error).__name__
         raise InputError(f"can't read {name}: {reason}") from None
 
 

@@ -224,8 +224,8 @@ class Summary:
             self.sources["pictures" if view.time is None else "videos"] += 1
 
     def __str__(self) -> str:
-        parts = [f"{count:,} {name}" for name, count in self.sources.items()] or ["0 pictures"]
-        parts += [f"{self.kinds['face']:,} faces"] * bool(self.kinds["face"])
+        counts = [*self.sources.items(), ("faces", self.kinds["face"])]
+        parts = [f"{count:,} {name if count > 1 else name[:-1]}" for name, count in counts if count] or ["0 pictures"]
         parts += [f"{self.kinds['none']:,} without a face"] * bool(self.kinds["none"])
         return ", ".join(parts)
 
@@ -282,6 +282,8 @@ def predict_files(model: nn.Module, class_names: list[str], args: argparse.Names
             pass
     if args.output and first:
         print(f"written to {printable(args.output)}", file=sys.stderr)
+    if args.annotate and first:
+        print(f"annotated in {printable(args.annotate)}", file=sys.stderr)
     if args.faces == "auto" and summary.kinds["whole"]:
         print(f"whole pictures were classified; {opencv_problem()}", file=sys.stderr)
     if not is_single or summary.sources["videos"]:

@@ -106,8 +106,7 @@ def format_report(metrics: dict) -> str:
         f"Accuracy: {100 * metrics['accuracy']:.2f}% (95% interval {100 * low:.2f} to {100 * high:.2f})",
         f"Macro F1: {100 * metrics['macro_f1']:.2f}%   Balanced accuracy: {100 * metrics['balanced_accuracy']:.2f}%   "
         f"Loss: {metrics['loss']:.4f}",
-        f"Expected calibration error: {100 * metrics['calibration']['ece']:.2f}%   "
-        f"without the temperature of {metrics['temperature']:.2f}: {100 * metrics['uncalibrated']['ece']:.2f}%",
+        f"Expected calibration error: {100 * metrics['calibration']['ece']:.2f}%   {_describe_temperature(metrics)}",
         *_describe_copies(metrics),
         "",
         f"{'':{width}}  precision     recall         F1   pictures",
@@ -116,6 +115,12 @@ def format_report(metrics: dict) -> str:
         shares = "".join(f"{100 * row[key]:10.2f}%" for key in ("precision", "recall", "f1"))
         lines.append(f"{name:{width}}{shares}{row['support']:11,}")
     return "\n".join(lines) + "\n"
+
+
+def _describe_temperature(metrics: dict) -> str:
+    if metrics["temperature"] == 1:
+        return "no temperature was fitted"
+    return f"without the temperature of {metrics['temperature']:.2f}: {100 * metrics['uncalibrated']['ece']:.2f}%"
 
 
 def _describe_copies(metrics: dict) -> list[str]:
@@ -210,6 +215,8 @@ def plot_reliability(metrics: dict, path: str | Path) -> None:
         ("uncalibrated", "tab:orange", "without temperature"),
         ("calibration", "tab:blue", f"temperature {metrics['temperature']:.2f}"),
     ):
+        if key == "calibration" and metrics["temperature"] == 1:  # the same curve
+            continue
         rows = metrics[key]["bins"]
         confidence, accuracy = ([100 * row[column] for row in rows] for column in ("confidence", "accuracy"))
         label = f"{name}: ECE {100 * metrics[key]['ece']:.1f}%"

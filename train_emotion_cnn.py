@@ -282,10 +282,16 @@ def train(run: Run, writer, say) -> None:
 
 def say_how_to_resume(run: Run | None, why: str = "stopped") -> None:
     hint = "no epoch had ended, so there is nothing to resume"
+    if run and run.earlier_results():
+        hint += f"; what {printable(run.output_dir)} held before is as it was"
     if run and run.saved_epoch:
         launch = "python" if run.group.size == 1 else f"torchrun --standalone --nproc-per-node {run.group.size}"
         hint = f'go on with: {launch} train_emotion_cnn.py --resume "{printable(run.output_dir / FINAL_NAME)}"'
     print(f"\n{why}; {hint}", file=sys.stderr, flush=True)
+
+
+def _threads() -> str:
+    return f"{torch.get_num_threads()} CPU thread{'s' * (torch.get_num_threads() > 1)}"
 
 
 def describe(run: Run) -> str:
@@ -298,7 +304,7 @@ def describe(run: Run) -> str:
         f"{len(splits.train):,} pictures to train, {len(splits.val):,} to validate ({splits.where_val}), {test}",
         f"{len(splits.class_names)} classes: {', '.join(splits.class_names)}",
         f"{run.model.arch}: {count_parameters(run.model):,} parameters, "
-        f"{str(run.step.precision).removeprefix('torch.')} on {run.device}, {torch.get_num_threads()} CPU threads",
+        f"{str(run.step.precision).removeprefix('torch.')} on {run.device}, {_threads()}",
     ]
     if run.group.size > 1:
         lines[-1] += f", {run.group.size} processes"
@@ -319,7 +325,9 @@ def run_training(run: Run, resumed: dict | None) -> None:
     say(describe(run), flush=True)
     if resumed:
         run.restore(resumed, resume_path(run.settings))
-        say("this run is finished; its reports follow" if run.is_finished else f"resumed after epoch {run.epoch}")
+        what = f"seed {run.settings['seed']}, {run.settings['epochs']} epochs"
+        say(f"this run ({what}) is finished; its reports follow" if run.is_finished
+            else f"resumed after epoch {run.epoch} ({what})")  # fmt: skip
     if run.group.is_main:
         run.remove_left_overs()
     writer = make_writer(run.settings["tensorboard"]) if run.group.is_main else None

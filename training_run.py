@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
+import reports
 from augment import augment, parse_augment
 from checkpoints import (
     BEST_NAME,
@@ -45,6 +46,7 @@ from models import InputError, create_model, get_arch, printable
 from splits import Batches, Splits, draw_order
 
 HISTORY_NAME = "training_history.csv"
+REPORTS = (HISTORY_NAME, "training_history.png", *reports.result_files({}))
 # Settings that may differ from the resumed run's. data_dir is among them because the pictures themselves are compared;
 # so are the teachers.
 FREE_ON_RESUME = {
@@ -164,7 +166,9 @@ class Run:
             ("input", model.input_spec.to_dict(), self.splits.spec.to_dict()),
         ):
             if its != own:
-                raise InputError(f"--teacher {path}: its {name} must be those of the network that learns: {own}")
+                raise InputError(f"--teacher {path}: its {name} must be those of the network that learns; it has "
+                                 f"{its}, and here are {own}")  # fmt: skip
+        self.notes.append(f"{printable(path)}: {model.arch} teaches")
         return model.to(self.device, memory_format=memory_format(self.device)).requires_grad_(False)
 
     @property
@@ -278,16 +282,20 @@ class Run:
             replace_file(self.output_dir / HISTORY_NAME, lambda path: write_history(self.history, path))
 
     def earlier_results(self) -> list[str]:
-        """A line where the output folder holds another run's results, of which only the checkpoints are kept."""
+        """A line where the output folder holds another run's results, of which only the last are kept."""
         if self.is_resumed or not (self.output_dir / BEST_NAME).exists():
             return []
-        return [f"earlier results in {printable(self.output_dir)} are replaced; the checkpoints are kept, their names "
-                f"ending in {PREVIOUS}"]  # fmt: skip
+        return [f"when the first epoch has ended, the earlier results in {printable(self.output_dir)} are kept as "
+                "best_emotion_model.previous.pth and so on"]  # fmt: skip
 
     def _keep_previous(self) -> None:
         for path in (self.output_dir / BEST_NAME, self.output_dir / FINAL_NAME):
             if path.exists():
                 copy_file(path, path.with_suffix(PREVIOUS))
+        for name in REPORTS:  # of a network that has another name from now on
+            path = self.output_dir / name
+            with contextlib.suppress(OSError):  # not there, or open in a program that locks it
+                os.replace(path, path.with_suffix(f".previous{path.suffix}"))
 
     def remove_left_overs(self) -> None:
         """Removes the temporary files of an earlier process that was killed while it wrote them."""

@@ -34,7 +34,9 @@ MODULES = {  # module: (what it may import at its top, what inside functions as 
     "overlay": ("checkpoints console decoding faces inference models numpy PIL", ""),
     "reports": ("numpy", "sklearn matplotlib"),
     "splits": ("data distributed models numpy torch", ""),
-    "training_run": ("augment checkpoints decoding distributed engine finetuning models splits numpy torch", ""),
+    "training_run": (
+        "augment checkpoints decoding distributed engine finetuning models reports splits numpy torch", ""
+    ),
     "finetuning": ("models torch", "torchvision"),
     "video": ("checkpoints faces inference models overlay numpy torch tqdm", "reports"),
     "hubconf": ("predict_emotion", ""),

@@ -677,7 +677,7 @@ def test_teachers_that_are_refused(plain_run, refuse, tmp_path):
 def test_earlier_checkpoints_are_kept(plain_run, train, tmp_path):
     data, _ = plain_run
     train(data, tmp_path, "--epochs", 1)
-    first = {name.replace(".pth", ".previous.pth"): (tmp_path / name).read_bytes() for name in (BEST_NAME, FINAL_NAME)}
+    first = {name.replace(".", ".previous."): (tmp_path / name).read_bytes() for name in FILES}
     (tmp_path / f".{FINAL_NAME}.123.tmp").write_bytes(b"of a process that was killed while it wrote")
     train(data, tmp_path, "--epochs", 3, "--seed", 3)
     assert {name: (tmp_path / name).read_bytes() for name in first} == first
@@ -787,8 +787,17 @@ def test_ctrl_c_in_the_first_epoch_promises_nothing(plain_run, tmp_path, capsys,
     interrupt(["--data-dir", plain_run[0], "--output-dir", tmp_path, *SMALL], function)
     assert not (tmp_path / FINAL_NAME).exists()
     err = capsys.readouterr().err
-    assert "nothing to resume" in err and "--resume" not in err
+    assert "nothing to resume" in err and "--resume" not in err and "as it was" not in err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_ctrl_c_in_the_first_epoch_leaves_the_run_before(plain_run, train, tmp_path, capsys):
+    data, _ = plain_run
+    train(data, tmp_path, "--epochs", 1)
+    before = {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+    interrupt(["--data-dir", data, "--output-dir", tmp_path, *SMALL, "--seed", "3"], "augment")
+    assert "as it was" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == before
 
 
 @pytest.mark.parametrize(("function", "call"), [("augment", 5), ("save_checkpoint", 3), ("write_history", 2)])
@@ -906,10 +915,10 @@ def test_best_of_another_run_is_not_taken_for_this_one(data, train, refuse, tmp_
 
 def test_earlier_results_are_announced(data, run, tmp_path):
     command = ["--data-dir", data, "--output-dir", tmp_path / "out", *SMALL, "--epochs", "1"]
-    assert "replaced" not in run(*command)[1]
+    assert ".previous" not in run(*command)[1]
     code, out, err = run(*command)
     assert code == 0, err
-    assert ".previous.pth" in out and "replaced" in out
+    assert "earlier results" in out and "best_emotion_model.previous.pth" in out
 
 
 def test_training_pictures_in_test_are_counted(data, run, tmp_path):
