@@ -1,6 +1,6 @@
 """Kills a training process again and again, and looks at what is left.
 
-    python -m tests.soak.kill --kills 50            # about 8 minutes on two cores
+    python -m tests.soak.kill --kills 50            # about 5 minutes on two cores
 
 Every life of the run is ended with SIGKILL after its first epoch, every second one while a temporary file is being
 written. After each, best and final checkpoint must load; and the run that was killed and resumed ten times must end
