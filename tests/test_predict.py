@@ -551,6 +551,7 @@ def test_missing_permissions_are_one_line():
         Path("secret.png").chmod(0)
         Path("closed").mkdir(mode=0o555)
         Path("hidden").mkdir(mode=0)
+        predict_emotion.load_model("model.pth", "cpu")  # for what is imported late
         become_user()
         os.dup2(1, 2)
         attempt("face.png", "--checkpoint", "secret.pth")

@@ -34,7 +34,7 @@ SMALL = ["--arch", "cnn4_bn", "--batch-size", "16"]
 KEYS = {"format_version", "arch", "num_classes", "class_names", "input_spec", "temperature", "trained_on", "state_dict",
         "epoch", "metrics", "config"}
 RESUME_KEYS = {"train_state_dict", "optimizer", "scheduler", "scaler", "ema", "rng", "history", "best_metric",
-               "early_stopping", "class_weights", "split_hash"}
+               "early_stopping", "class_weights", "split_hash", "teacher_hashes"}
 TIMES = {"images_per_s", "seconds"}
 
 posix_only = pytest.mark.skipif(os.name != "posix", reason="sends a POSIX signal or sets POSIX permissions")

@@ -82,7 +82,7 @@ def test_rows_have_time_stamps(run, tmp_path):
     assert {row["file"] for row in rows} == {str(clip)}
     lefts = [int(row["left"]) for row in rows if row["left"]]
     assert lefts == sorted(lefts) and lefts[-1] - lefts[0] == pytest.approx(20, abs=5)
-    assert out == "" and err.splitlines()[-1] == "1 videos, 4 faces, 2 without a face"
+    assert out == "" and err.splitlines()[-1] == "1 video, 4 faces, 2 without a face"
     assert "clip.mp4 at 0.67 s: no face found" in run(clip, "--every", 4)[1]
 
 
@@ -104,7 +104,7 @@ def test_pictures_and_videos_together(run, tmp_path):
     clip = write_clip(tmp_path / "clip.mp4", frames=3)
     open_portrait().save(tmp_path / "photo.png")
     code, out, err = run(clip, tmp_path / "photo.png", "--output", tmp_path / "p.json")
-    assert code == 0 and err.splitlines()[-1] == "1 pictures, 1 videos, 4 faces"
+    assert code == 0 and err.splitlines()[-1] == "1 picture, 1 video, 4 faces"
 
 
 def test_a_failure_in_the_middle_leaves_no_file(run, tmp_path, monkeypatch):
