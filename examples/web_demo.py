@@ -11,6 +11,7 @@ import os
 import signal
 import socket
 import tempfile
+import threading
 from pathlib import Path
 
 from console import ArgumentParser, run_script
@@ -121,16 +122,19 @@ def main(argv: list[str] | None = None) -> None:
     port = find_port(args.host, args.port)
     gr = load_gradio()
     model, _ = load_model(args.checkpoint, args.device)
-    for name in ("SIGTERM", "SIGHUP"):  # a closed terminal, a shutdown: the pictures are deleted then too
+    ended = threading.Event()  # an exception raised by a signal may be lost in a callback that ignores it; this can't
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):  # a closed terminal, a shutdown: the pictures are deleted then too
         if hasattr(signal, name):
-            signal.signal(getattr(signal, name), signal.default_int_handler)
+            signal.signal(getattr(signal, name), lambda *_: ended.set())
     with tempfile.TemporaryDirectory(prefix="emotion_page_") as folder:
         os.environ["GRADIO_TEMP_DIR"] = folder
         page = build_page(gr, model, os.path.basename(args.checkpoint))
         page.launch(server_name=args.host, server_port=port, share=False, ssr_mode=False, quiet=True,
                     prevent_thread_lock=True, footer_links=[])  # fmt: skip
         print(f"open http://{args.host}:{port} in a browser; Ctrl-C ends", flush=True)
-        page.block_thread()
+        while not ended.wait(0.2):  # on Windows a wait without end hears no Ctrl-C
+            pass
+        page.close(verbose=False)
 
 
 if __name__ == "__main__":
