@@ -23,7 +23,7 @@ from models import InputError, InputSpec, create_model, head_prefix, input_spec_
 FORMAT_VERSION = 1
 MAX_CLASSES = 10_000
 MAX_INFLATION = 10  # of a compressed file; float32 weights hardly shrink
-PATHS = ("data_dir", "weights", "teacher", "cache_dir", "tensorboard")  # settings that name folders of the machine
+PATHS = ("data_dir", "weights", "teacher", "cache_dir", "tensorboard")  # settings that name places on the machine
 BEST_NAME, FINAL_NAME = "best_emotion_model.pth", "final_emotion_model.pth"
 _TYPES = {
     "arch": str, "num_classes": int, "class_names": list, "input_spec": dict, "temperature": float, "trained_on": str,
@@ -54,7 +54,7 @@ def make_checkpoint(
 
 
 def to_deployed(config: dict) -> dict:
-    """What the checkpoint that deploys keeps of `config`: of --weights and --teacher the names of the files."""
+    """What the checkpoint that deploys keeps of `config`: no folder; of --weights and --teacher the files' names."""
     kept = {name: value for name, value in config.items() if name not in PATHS}
     teachers = config.get("teacher")
     teachers = [Path(str(path)).name for path in teachers] if isinstance(teachers, list) else None
@@ -136,7 +136,7 @@ def _unpacked_size(path: Path) -> int:
     try:
         reader = torch._C.PyTorchFileReader(str(path))  # zipfile may see other entries than this one does
         return sum(reader.get_record_size(name) for name in reader.get_all_records())
-    except RuntimeError:
+    except (RuntimeError, AttributeError):  # the latter where a version of torch does not tell sizes
         return 0
 
 

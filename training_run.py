@@ -53,6 +53,7 @@ FREE_ON_RESUME = {
     "epochs", "device", "output_dir", "resume", "data_dir", "cache_dir", "tensorboard", "strict", "teacher",
 }  # fmt: skip
 PREVIOUS = ".previous.pth"  # in the place of .pth: the checkpoints of the run before in the same folder
+CHECKPOINTS = (BEST_NAME, FINAL_NAME, *(str(Path(name).with_suffix(PREVIOUS)) for name in (BEST_NAME, FINAL_NAME)))
 
 
 def make_class_weights(kind: str, counts: list[int]) -> list[float] | None:
@@ -154,7 +155,7 @@ class Run:
         )
 
     def _load_teacher(self, path: str) -> nn.Module:
-        if os.path.realpath(path) in {os.path.realpath(self.output_dir / name) for name in _checkpoint_names()}:
+        if os.path.realpath(path) in {os.path.realpath(self.output_dir / name) for name in CHECKPOINTS}:
             raise InputError(f"--teacher {path} would be written over by this run; copy it, or change --output-dir")
         checkpoint = read_checkpoint(path)
         model = build_model(checkpoint, path)
@@ -282,7 +283,7 @@ class Run:
             replace_file(self.output_dir / HISTORY_NAME, lambda path: write_history(self.history, path))
 
     def earlier_results(self) -> list[str]:
-        """A line where the output folder holds another run's results, of which only the last are kept."""
+        """A line where the output folder holds another run's results, which are kept once."""
         if self.is_resumed or not (self.output_dir / BEST_NAME).exists():
             return []
         return [f"when the first epoch has ended, the earlier results in {printable(self.output_dir)} are kept as "
@@ -299,7 +300,7 @@ class Run:
 
     def remove_left_overs(self) -> None:
         """Removes the temporary files of an earlier process that was killed while it wrote them."""
-        for name in (*_checkpoint_names(), HISTORY_NAME):
+        for name in (*CHECKPOINTS, HISTORY_NAME):
             for path in self.output_dir.glob(f".{name}.*.tmp"):
                 with contextlib.suppress(OSError):
                     path.unlink()
@@ -346,11 +347,6 @@ class Run:
                 part.load_state_dict(checkpoint[name])
         self.epoch, self.history, self.best = checkpoint["epoch"], checkpoint["history"], checkpoint["best_metric"]
         self.saved_epoch, self.since_best = self.epoch, checkpoint["early_stopping"]["since_best"]
-
-
-def _checkpoint_names() -> list[str]:
-    """All that a run may write in its folder; the next one keeps the last two of the first two."""
-    return [BEST_NAME, FINAL_NAME, *(str(Path(name).with_suffix(PREVIOUS)) for name in (BEST_NAME, FINAL_NAME))]
 
 
 def _hash_file(path: str) -> str:
