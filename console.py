@@ -23,7 +23,12 @@ def run_script(main: Callable[[], int | None]) -> None:
         if hasattr(stream, "reconfigure"):  # notebooks have streams of their own
             stream.reconfigure(errors="replace")  # a terminal that can't show a bar or a name still shows the rest
     try:
-        sys.exit(main())
+        code = main()
+        if "TORCHELASTIC_RUN_ID" in os.environ:  # gloo's threads may outlive the group, and abort a slower end
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code or 0)
+        sys.exit(code)
     except InputError as error:
         _let_the_first_speak()
         print(f"error: {error}", file=sys.stderr)
@@ -46,7 +51,7 @@ def _let_the_first_speak() -> None:
     if int(os.environ.get("RANK", 0)) > 0:
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        time.sleep(3)
+        time.sleep(30)
 
 
 class ArgumentParser(argparse.ArgumentParser):

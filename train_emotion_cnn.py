@@ -366,7 +366,7 @@ def main(argv: list[str] | None = None) -> None:
     except Exception as error:
         if group.size == 1 or not is_loss_of_others(error):
             raise
-        time.sleep(3)  # torchrun mostly ends this process now, and when_terminated speaks
+        time.sleep(30)  # torchrun mostly ends this process now, and when_terminated speaks
         say_the_end(f" ({str(error).strip().partition(chr(10))[0][:200]})")
         os._exit(1)
     leave()

@@ -41,7 +41,7 @@ def train(folder: str | Path, *options) -> list[dict[str, float]]:
     command = [sys.executable, str(REPO / "train_emotion_cnn.py"), *options, "--output-dir", str(folder)]
     record = folder / "options.json"
     if (folder / FINAL_NAME).exists():
-        if json.loads(record.read_text(encoding="utf-8")) != options:
+        if not record.exists() or json.loads(record.read_text(encoding="utf-8")) != options:
             raise InputError(f"{folder} holds a run with other options; remove it or choose another --output-dir")
         command.append("--resume")
     folder.mkdir(parents=True, exist_ok=True)

@@ -73,8 +73,8 @@ def start(processes: int, args: argparse.Namespace) -> dict[str, float]:
         command = [sys.executable, *launch, "-m", "benchmarks.scaling", *words, "--worker", str(result)]
         done = subprocess.run(command, cwd=REPO, capture_output=True, text=True)
         if done.returncode:
-            lines = [line for line in done.stderr.splitlines() if "rror" in line]
-            raise InputError(f"{processes} processes failed: {' '.join(lines[:1])}")
+            sys.stderr.write(done.stderr)
+            raise InputError(f"{processes} processes failed; their messages stand above")
         return json.loads(result.read_text())
 
 

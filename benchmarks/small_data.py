@@ -8,8 +8,8 @@ few_N_S/, with N pictures a class of four/train, others for every seed S, and th
 in two of four/train, four/test and others/: of equal ones only the first is taken. A tenth of each train/ validates;
 test/ is measured once, at the end.
 
-Fewer pictures get more epochs, by the square root of how many fewer, and batches of 32. Both columns of the second
-table are trained alike, but for what they start from.
+The first table is trained by the recipes. In the second, fewer pictures get more epochs, by the square root of how many
+fewer, and batches of 32; its columns are trained alike, but for what they start from.
 """
 
 import json
@@ -91,34 +91,40 @@ def main() -> None:
     parser = ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--data-dir", metavar="DIR", default=".", help="FER2013, with train/ and val/ (default: .)")
     parser.add_argument("--output-dir", metavar="DIR", default="small_data", help="sets and runs (default: small_data)")
-    parser.add_argument("--arch", default=DEFAULT_ARCH, help=f"beside {SYSTEM} (default: {DEFAULT_ARCH})")
-    parser.add_argument("--counts", nargs="+", type=count, default=[25, 100, TRAIN], help="(default: 25 100 1000)")
+    parser.add_argument("--arch", default=DEFAULT_ARCH, help=f"of the second table (default: {DEFAULT_ARCH})")
+    parser.add_argument("--recipes", nargs="*", metavar="ARCH", help=f"the first table (default: {SYSTEM} and --arch)")
+    parser.add_argument("--counts", nargs="*", type=count, default=[25, 100, TRAIN], help="(default: 25 100 1000)")
     parser.add_argument("--seeds", type=count, default=3, help="how many for counts below 1000 (default: 3)")
     parser.add_argument("--lr", type=float, default=0.001, help="of the second table (default: 0.001)")
-    parser.add_argument("--epochs", type=count, help="for 1,000 pictures a class (default: the recipes')")
+    parser.add_argument("--epochs", type=count, help="of it, for 1,000 pictures a class (default: the recipe's)")
     args = parser.parse_args()
-    check_inputs(args.data_dir, args.arch, splits=("train", "val"))
+    recipes = [SYSTEM, args.arch] if args.recipes is None else args.recipes
+    check_inputs(args.data_dir, args.arch, *recipes, splits=("train", "val"))
     output_dir = make_output_dir(args.output_dir)
     make_sets(Path(args.data_dir), output_dir, args.counts, args.seeds)
 
-    def run(name: str, pictures: str, arch: str, *options, number: int = TRAIN) -> Path:
-        epochs = round((args.epochs or get_arch(arch).recipe.epochs) * math.sqrt(TRAIN / min(number, TRAIN)))
-        batch_size = ("--batch-size", 32) if number < TRAIN else ()
-        folder = output_dir / "runs" / f"{name}-{arch}"
-        train(folder, "--data-dir", output_dir / pictures, "--arch", arch, "--epochs", epochs, *batch_size, *options)
+    def run(folder: str, pictures: str, arch: str, *options) -> Path:
+        folder = output_dir / "runs" / f"{folder}-{arch}"
+        train(folder, "--data-dir", output_dir / pictures, "--arch", arch, *options)
         return folder
 
-    print(f"| {TRAIN:,} pictures a class | test accuracy (95% interval) |\n| --- | --- |", flush=True)
-    for arch in (SYSTEM, args.arch):
+    if recipes:
+        print(f"| {TRAIN:,} pictures a class | test accuracy (95% interval) |\n| --- | --- |", flush=True)
+    for arch in recipes:
         print(f"| `{arch}` | {format_accuracy([test_accuracy(run('four', 'four', arch))])} |", flush=True)
+    if not args.counts:
+        return
 
-    start = ("--weights", run("others", "others", args.arch) / BEST_NAME)
+    epochs = args.epochs or get_arch(args.arch).recipe.epochs
+    others = run("others", "others", args.arch, "--epochs", epochs)
     print("\n| pictures a class | from nothing | from the other emotions |\n| --- | --- | --- |", flush=True)
     for number in args.counts:
         names = [f"few_{number}_{seed}" for seed in range(args.seeds)] if number < TRAIN else ["four"]
+        options = ["--lr", args.lr, "--epochs", round(epochs * math.sqrt(TRAIN / min(number, TRAIN)))]
+        options += ["--batch-size", 32] if number < TRAIN else []
         cells = [f"{min(number, TRAIN):,}"]
-        for way, options in (("nothing", ()), ("others", start)):
-            runs = [run(f"{n}-{way}", n, args.arch, "--lr", args.lr, *options, number=number) for n in names]
+        for way, start in (("nothing", ()), ("others", ("--weights", others / BEST_NAME))):
+            runs = [run(f"{name}-{way}", name, args.arch, *options, *start) for name in names]
             cells.append(format_accuracy([test_accuracy(folder) for folder in runs]))
         print(f"| {' | '.join(cells)} |", flush=True)
 

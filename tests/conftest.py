@@ -1,6 +1,9 @@
 """What several test files share. Tests draw their own pictures, and none touches the user's cache."""
 
+import contextlib
 import os
+import random
+import socket
 import subprocess
 import sys
 import tempfile
@@ -22,6 +25,15 @@ def own_cache(tmp_path_factory, monkeypatch):
     folder = tmp_path_factory.mktemp("cache")
     monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
     return folder / "emotion_cnn"
+
+
+def free_port():
+    """A port that nothing listens on, and that the system gives to nobody who asks for any: those lie higher."""
+    while True:
+        with socket.socket() as server, contextlib.suppress(OSError):
+            port = random.randrange(20_000, 32_000)
+            server.bind(("127.0.0.1", port))
+            return port
 
 
 def draw_picture(seed, size=48, mode="L"):

@@ -7,7 +7,6 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import draw_folder
+from conftest import draw_folder, free_port
 from PIL import Image
 
 import train_emotion_cnn
@@ -89,12 +88,6 @@ def launch(*words, launcher=("-m", "torch.distributed.run", "--standalone", "--n
 
 def start(root, out, *args, **options):
     return launch(root / "train.py", *flags(root, out, *args), **options)
-
-
-def free_port():
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return server.getsockname()[1]
 
 
 def finish(process):
@@ -189,13 +182,16 @@ def test_default_recipe_is_as_accurate(tmp_path):
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_worker_that_dies(root, victim):
     process = start(root, f"killed{victim}", *PLAIN, "--epochs", "500")
-    for line in process.stdout:
-        if line.startswith("epoch 2/"):
-            break
-    children = subprocess.run(["pgrep", "-P", str(process.pid), "-f", "train.py"], capture_output=True, text=True)
-    workers = sorted(map(int, children.stdout.split()))
-    os.kill(workers[victim], signal.SIGKILL)
-    _, err = process.communicate(timeout=120)
+    try:
+        for line in process.stdout:
+            if line.startswith("epoch 2/"):
+                break
+        children = subprocess.run(["pgrep", "-P", str(process.pid), "-f", "train.py"], capture_output=True, text=True)
+        workers = sorted(map(int, children.stdout.split()))
+        os.kill(workers[victim], signal.SIGKILL)
+        _, err = process.communicate(timeout=300)
+    finally:
+        process.terminate()  # which ends the workers too
     assert process.returncode != 0
     assert len(re.findall("another process of this run has ended; go on with: .*--resume", err)) == 1, err
     for name in (BEST_NAME, FINAL_NAME):
@@ -210,7 +206,7 @@ def test_a_worker_that_dies(root, victim):
 ])  # fmt: skip
 def test_one_line_for_all_processes(root, args, message):
     process = start(root, "one_line", *PLAIN, *args)
-    _, err = process.communicate(timeout=120)
+    _, err = process.communicate(timeout=300)
     assert process.returncode != 0
     assert len(re.findall("^" + message, err, re.MULTILINE)) == 1 == err.count("error: "), err
     assert not any(words in err for words in ("Terminated", "another process", "train_emotion_cnn.py")), err

@@ -433,7 +433,7 @@ def test_a_thread_waits_until_another_has_imported_opencv(tmp_path):
         import sys, time, types
         whole = sys.modules.pop(__name__)
         sys.modules[__name__] = types.ModuleType(__name__)
-        time.sleep(1)
+        time.sleep(5)
         data, CascadeClassifier = types.SimpleNamespace(haarcascades={str(tmp_path) + os.sep!r}), None
         sys.modules[__name__] = whole
     """)
@@ -443,7 +443,7 @@ def test_a_thread_waits_until_another_has_imported_opencv(tmp_path):
 
         first = threading.Thread(target=opencv_problem)
         first.start()
-        while "cv2" not in sys.modules or hasattr(sys.modules["cv2"], "__file__"):
+        while first.is_alive() and ("cv2" not in sys.modules or hasattr(sys.modules["cv2"], "__file__")):
             pass
         print(opencv_problem())
     """

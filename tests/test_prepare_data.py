@@ -572,11 +572,11 @@ def test_parents_of_the_target_are_made(run, tmp_path):
     assert read_tree(tmp_path / "a/b/c") == imported(files)
 
 
-@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
 def hear_ctrl_c():
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # a suite that runs in the background inherits that it is ignored
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
 def test_ctrl_c_leaves_nothing(tmp_path):
     os.mkfifo(tmp_path / "slow.csv")  # its end never comes, so the import is under way when the signal arrives
     pipe = os.open(tmp_path / "slow.csv", os.O_RDWR)

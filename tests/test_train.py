@@ -716,14 +716,14 @@ def test_two_and_two_epochs_are_four(data, run, train, tmp_path):
 
 @posix_only
 def test_a_killed_run_goes_on(data, run, train, tmp_path):
-    options = ["--optimizer", "sgd", "--schedule", "onecycle", "--lr", "0.02", "--epochs", "6", "--batch-size", "4",
+    options = ["--optimizer", "sgd", "--schedule", "onecycle", "--lr", "0.02", "--epochs", "20", "--batch-size", "4",
                "--augment", "light"]
     process = start("--data-dir", data, "--output-dir", "out", *SMALL, *options, cwd=tmp_path)
-    wait_for_line(process, "epoch 1/6")
+    wait_for_line(process, "epoch 1/20")
     process.send_signal(signal.SIGKILL)
     process.communicate(timeout=60)
     assert process.returncode == -signal.SIGKILL
-    assert 1 <= load(tmp_path / "out" / FINAL_NAME)["epoch"] < 6
+    assert 1 <= load(tmp_path / "out" / FINAL_NAME)["epoch"] < 20
     code, _, err = run("--resume", tmp_path / "out" / FINAL_NAME)
     assert code == 0, err
     whole = train(data, tmp_path / "whole", *options)
@@ -737,9 +737,9 @@ def test_ctrl_c_says_a_command_that_works(tmp_path, train):
     data = tmp_path / "Gesichter, große & kleine"
     draw_folder(data / "train", {"fröhlich": 14, "traurig": 14, "weiß nicht": 14})
     draw_folder(data / "test", {"fröhlich": 4, "traurig": 4})
-    options = ["--epochs", "5", "--batch-size", "4", "--augment", "light"]
+    options = ["--epochs", "20", "--batch-size", "4", "--augment", "light"]
     process = start("--data-dir", data, "--output-dir", "Lauf 1 (ä)", *SMALL, *options, cwd=tmp_path)
-    wait_for_line(process, "epoch 1/5")
+    wait_for_line(process, "epoch 1/20")
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130

@@ -43,6 +43,11 @@ def finish(process: subprocess.Popen) -> None:
     assert process.returncode == 0, out + err
 
 
+def is_writing(folder: Path) -> bool:
+    """Whether a temporary file stands in `folder`."""
+    return any(name.endswith(".tmp") for name in os.listdir(folder))
+
+
 def kill(process: subprocess.Popen, folder: Path, rng: random.Random, *, while_writing: bool) -> tuple[bool, bool]:
     """Kills `process` after an epoch; returns whether it was still alive, and whether a temporary file was left."""
     for line in process.stdout:
@@ -50,15 +55,18 @@ def kill(process: subprocess.Popen, folder: Path, rng: random.Random, *, while_w
             break
     end = time.monotonic() + rng.uniform(0, 1)
     while time.monotonic() < end or while_writing:
-        if while_writing and any(name.endswith(".tmp") for name in os.listdir(folder)):
-            break
+        if while_writing and is_writing(folder):
+            process.send_signal(signal.SIGSTOP)  # or the file may be in its place before the signal that kills arrives
+            if is_writing(folder):
+                break
+            process.send_signal(signal.SIGCONT)
         if process.poll() is not None:
             break
         if not while_writing:
             time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
     process.communicate()
-    return process.returncode == -signal.SIGKILL, any(name.endswith(".tmp") for name in os.listdir(folder))
+    return process.returncode == -signal.SIGKILL, is_writing(folder)
 
 
 def same(one, other) -> bool:
