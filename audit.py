@@ -25,17 +25,23 @@ BLANK = 2.0  # standard deviation of the gray values, of 255, below which a pict
 SPLITS = ("train", "val", "test")
 
 
-def list_files(folder: str | Path) -> list[tuple[str, str, str]]:
-    """(path, split, class) of every picture; a folder that holds no splits is one of its own name."""
+def list_files(folder: str | Path) -> tuple[list[tuple[str, str, str]], dict[str, dict[str, int]]]:
+    """(path, split, class) of every picture, and how many each class of each split has, which may be none.
+
+    A folder that holds no splits is one of its own name.
+    """
     root = Path(folder)
     splits = {name: root / name for name in SPLITS if os.path.isdir(root / name)}
-    files = []
+    files, counts = [], {}
     for split, place in (splits or {root.resolve().name: root}).items():
+        counts[split] = {}
         for class_name in find_classes(place):
-            files += [(entry.path, split, class_name) for entry in walk_pictures(place / class_name)]
+            own = [(entry.path, split, class_name) for entry in walk_pictures(place / class_name)]
+            counts[split][class_name] = len(own)
+            files += own
     if not files:
         raise InputError(f"{folder} holds no pictures in class folders")
-    return files
+    return files, counts
 
 
 def _look_at(path: str) -> tuple[str, str, np.ndarray] | str:
@@ -77,7 +83,7 @@ def find_near_pairs(gray: np.ndarray) -> Iterator[tuple[int, int]]:
     leave alone. All pairs of hashes are compared, N * N / 2 of them.
     """
     hashes = hash_pictures(gray)
-    flat = gray.reshape(len(gray), -1).astype(np.float32)
+    flat = gray.reshape(len(gray), SIDE * SIDE).astype(np.float32)
     flat -= flat.mean(1, keepdims=True)
     flat /= np.maximum(np.linalg.norm(flat, axis=1, keepdims=True), 1e-6)
     size = max(1, 2**24 // max(1, len(hashes)))
@@ -129,7 +135,7 @@ def _link(files: list[tuple[str, str, str]], digests: list[str], gray: np.ndarra
     for members in same.values():
         for position in members[1:]:
             groups.join(members[0], position)
-    firsts = np.array([members[0] for members in same.values()])
+    firsts = np.array([members[0] for members in same.values()], np.int64)
     firsts = firsts[~blank[firsts]]  # nothing is near to everything
 
     def split(positions: list[int]) -> tuple[list[int], list[int]]:
@@ -172,7 +178,7 @@ def audit(folder: str | Path) -> dict:
     "leaks" counts the pictures of val and test that stand in train too: "identical" byte for byte, "near" those and
     the near-identical ones. Raises InputError for a folder without pictures.
     """
-    files = list_files(folder)
+    files, counts = list_files(folder)
     readable, unreadable, digests, kinds, gray = [], [], [], Counter(), []
     with tqdm(total=len(files), desc="reading", unit="img", leave=False, disable=None) as bar:
         paths = [path for path, _, _ in files]
@@ -189,10 +195,6 @@ def audit(folder: str | Path) -> dict:
     gray = np.array(gray, np.uint8).reshape(-1, SIDE, SIDE)
     blank = _spread(gray) < BLANK
     groups, identical, near = _link(readable, digests, gray, blank)
-    counts: dict[str, dict[str, int]] = {}
-    for _, split, class_name in files:
-        counts.setdefault(split, {}).setdefault(class_name, 0)
-        counts[split][class_name] += 1
     leaks = {}
     for split in counts if "train" in counts else ():
         if split != "train":
@@ -214,10 +216,13 @@ def audit(folder: str | Path) -> dict:
 def _describe_balance(counts: dict[str, dict[str, int]]) -> list[str]:
     lines = []
     for split, classes in counts.items():
-        total = sum(classes.values())
-        shares = ", ".join(f"{name} {count:,} ({100 * count / total:.1f}%)" for name, count in classes.items())
-        most, least = max(classes.values()), max(1, min(classes.values()))
-        ratio = f"; the largest class has {most / least:.1f} times the pictures of the smallest" * (most > 1.05 * least)
+        total, most, least = sum(classes.values()), max(classes.values()), min(classes.values())
+        shares = ", ".join(f"{name} {count:,} ({100 * count / max(1, total):.1f}%)" for name, count in classes.items())
+        ratio = ""
+        if not least:
+            ratio = f"; without pictures: {', '.join(name for name, count in classes.items() if not count)}"
+        elif most > 1.05 * least:
+            ratio = f"; the largest class has {most / least:.1f} times the pictures of the smallest"
         lines.append(f"{printable(split)}/: {total:,} pictures: {shares}{ratio}")
     return lines
 

@@ -56,6 +56,16 @@ def test_everything_is_found(folder):
     assert "groups under more than one label: 1" in report
 
 
+def test_pictures_of_which_none_can_be_read(tmp_path, capsys):
+    for name in ("happy", "sad"):
+        (tmp_path / "data" / name).mkdir(parents=True)
+    (tmp_path / "data" / "happy" / "page.jpg").write_bytes(b"<html>")
+    prepare_data.main(["audit", str(tmp_path / "data"), "--output-dir", str(tmp_path / "out")])
+    out = capsys.readouterr().out
+    assert "unreadable: 1" in out and "happy 1 (100.0%), sad 0 (0.0%); without pictures: sad" in out
+    assert (tmp_path / "out" / "audit.png").exists()
+
+
 def test_worst_groups_come_first(folder):
     source = folder / "train" / "happy" / "happy_000.png"
     for number in range(5):
