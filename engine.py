@@ -130,7 +130,8 @@ def make_scheduler(name: str, optimizer: torch.optim.Optimizer, *, total_steps: 
     """torch's scheduler, or None. cosine and onecycle step after every batch, plateau after every epoch.
 
     plateau halves the learning rate at the fourth epoch in a row without a lower validation loss. onecycle is Smith
-    & Topin 2017, arXiv:1708.07120; its peak is the optimiser's lr.
+    & Topin 2017, arXiv:1708.07120; its peak is the optimiser's lr, and SGD's momentum and Adam's beta1 go from 0.95 to
+    0.85 and back meanwhile.
     """
     schedulers = torch.optim.lr_scheduler
     if name == "plateau":
@@ -188,12 +189,13 @@ class TrainStep:
 
     `prepare` maps uint8 images (N, C, H, W) to the network's float32 input. The loss is the cross-entropy summed
     over the batch, weighted by `class_weights` (num_classes,), divided by the number of pictures. `grad_accum`
-    splits a batch into that many passes whose gradients add up: the same step in less memory. `mixup` blends each
-    picture and its label with another's, by a share for the batch from Beta(mixup, mixup): Zhang et al. 2018,
-    arXiv:1710.09412. With `teachers`, networks in evaluation mode, TEACHER_SHARE of the loss is the cross-entropy with
-    the softmax of the logits that one of them, drawn anew for each batch and process, gives the same augmented
-    pictures: Hinton et al. 2015, arXiv:1503.02531, by the same views as in Beyer et al. 2021, arXiv:2106.05237; the
-    rest is the loss above. In a `group` of processes the batch is shared among them, and their gradients add up.
+    splits a batch into that many passes whose gradients add up: less memory, and the same step but for batch-norm,
+    which sees a pass at a time, and the draws of dropout. `mixup` blends each picture and its label with another's,
+    by a share for the batch from Beta(mixup, mixup): Zhang et al. 2018, arXiv:1710.09412. With `teachers`, networks
+    in evaluation mode, TEACHER_SHARE of the loss is the cross-entropy with the softmax of the logits that one of
+    them, drawn anew for each batch and process, gives the same augmented pictures: Hinton et al. 2015,
+    arXiv:1503.02531, by the same views as in Beyer et al. 2021, arXiv:2106.05237; the rest is the loss above. In a
+    `group` of processes the batch is shared among them, and their gradients add up.
     """
 
     def __init__(

@@ -174,14 +174,15 @@ def load_splits(
         split_hash=hash_split(*(([data.digests[row] for row in rows], data.labels[rows]) for data, rows in parts)),
         where_val="val/" if val else f"{100 * val_fraction:g}% of train/",
         notes=[note for part in (train, val, test) if part for note in part.notes]
-        + warn_of_copies(val, copies["val"])
-        + warn_of_copies(test, copies["test"]),
+        + warn_of_copies(val, copies["val"], "train")
+        + warn_of_copies(test, copies["test"], "train")
+        + (warn_of_copies(test, find_copies(val, test), "val") if val else []),
         copies=copies,
     )
 
 
 def find_copies(train: FolderImages, other: FolderImages | None) -> np.ndarray | None:
-    """bool (N,), True where a picture of `other` stands in train too, pixel for pixel."""
+    """bool (N,), True where a picture of `other` stands in `train` too, pixel for pixel."""
     if other is None:
         return None
     channels = max(train.images.shape[1], other.images.shape[1])
@@ -196,8 +197,8 @@ def _digests_of(data: FolderImages, channels: int) -> list[str]:
     return [hash_pixels(np.repeat(picture, channels, 0)) for picture in data.images]
 
 
-def warn_of_copies(part: FolderImages | None, copies: np.ndarray | None) -> list[str]:
+def warn_of_copies(part: FolderImages | None, copies: np.ndarray | None, other: str) -> list[str]:
     if part is None or not copies.any():
         return []
     where = printable(part.folder.name)
-    return [f"warning: {copies.sum():,} of {len(part):,} pictures in {where}/ stand in train/ too"]
+    return [f"warning: {copies.sum():,} of {len(part):,} pictures in {where}/ stand in {other}/ too"]

@@ -90,8 +90,8 @@ FLAGS = {  # group: (flag, default, argparse's options, help)
          "labels, 0.2 say; 0 is off"),
         ("--teacher", None, {"nargs": "+", "action": "extend", "metavar": "PATH"}, "learn from the answers of these "
          "checkpoints too"),
-        ("--grad-accum", 1, {"type": _number(int, 1), "metavar": "N"}, "split each batch into N passes: the same step "
-         "in less memory"),
+        ("--grad-accum", 1, {"type": _number(int, 1), "metavar": "N"}, "split each batch into N passes: less memory, "
+         "and the same step but for batch-norm and dropout"),
         ("--clip-grad", 0.0, {"type": _number(float, 0), "metavar": "NORM"}, "clip the gradient's norm; 0 is off"),
         ("--ema", BY_ARCH, {"type": _SHARE, "metavar": "DECAY"}, "average the weights, 0.999 say; 0 is off"),
         ("--early-stopping", 0, {"type": _COUNT, "metavar": "EPOCHS"}, "stop after so many without a better "
@@ -151,9 +151,9 @@ def settle(given: dict) -> tuple[dict, dict | None]:
     if settings["pretrained"] and settings["weights"]:
         raise InputError("--pretrained and --weights both say where to start from; give one")
     for flag, paths in (("--weights", [settings["weights"]]), ("--teacher", settings["teacher"] or ())):
-        for path in filter(None, paths):
-            if not os.path.exists(path):
-                raise InputError(f"{flag}: no file {path}")
+        for path in paths:
+            if path is not None and not os.path.exists(path):
+                raise InputError(f"{flag}: no file {path!r}")
     if arch.is_backbone and settings["freeze"] and not (settings["pretrained"] or settings["weights"]):
         raise InputError("--freeze keeps what was learnt, and with --no-pretrained nothing was; leave one out")
     strengths = parse_augment(settings["augment"])  # a mistake in it should show before the pictures are read
@@ -282,7 +282,7 @@ def train(run: Run, writer, say) -> None:
 
 def say_how_to_resume(run: Run | None, why: str = "stopped") -> None:
     hint = "no epoch had ended, so there is nothing to resume"
-    if run and run.earlier_results():
+    if run and not run.history and run.earlier_results():
         hint += f"; what {printable(run.output_dir)} held before is as it was"
     if run and run.saved_epoch:
         launch = "python" if run.group.size == 1 else f"torchrun --standalone --nproc-per-node {run.group.size}"

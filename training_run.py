@@ -207,7 +207,8 @@ class Run:
         row |= {"images_per_s": done["images_per_s"], "seconds": time.perf_counter() - start}
         self.epoch = number
         self.history.append(row)
-        is_best = (val_acc, -val_loss) > (self.best["val_acc"], -self.best["val_loss"])
+        score, best_score = (val_acc, -val_loss), (self.best["val_acc"], -self.best["val_loss"])
+        is_best = score > best_score or (score == best_score and self.best["epoch"] == number)  # see restore
         self.since_best = 0 if is_best else self.since_best + 1
         if is_best:
             self.best = {"val_acc": val_acc, "val_loss": val_loss, "epoch": number}
@@ -248,7 +249,7 @@ class Run:
         return torch.cat([logits for logits, _ in parts], 1), torch.cat([labels for _, labels in parts])
 
     def save(self, is_best: bool) -> None:
-        """Writes the best checkpoint where this epoch is it, then the final one, then the history as CSV."""
+        """Writes the best checkpoint where this epoch is it, the final one, and the history as CSV."""
         metrics = {key: self.history[-1][key] for key in ("val_loss", "val_acc", "train_loss", "train_acc")}
         checkpoint = make_checkpoint(
             self.validated_model,
@@ -258,12 +259,8 @@ class Run:
             metrics=metrics,
             config=to_deployed(self.config),
         )
-        if is_best:
-            if len(self.history) == 1:
-                self._keep_previous()
-            save_checkpoint(checkpoint, self.output_dir / BEST_NAME)
         step = self.step
-        checkpoint |= {
+        whole = checkpoint | {
             "config": self.config,
             "train_state_dict": self.model.state_dict(),
             "optimizer": step.optimizer.state_dict(),
@@ -278,7 +275,12 @@ class Run:
             "split_hash": self.splits.split_hash,
             "teacher_hashes": self.teacher_hashes,
         }
-        save_checkpoint(checkpoint, self.output_dir / FINAL_NAME)
+        files = {BEST_NAME: checkpoint, FINAL_NAME: whole} if is_best else {FINAL_NAME: whole}
+        if len(self.history) == 1:
+            self._keep_previous()
+            files = {FINAL_NAME: whole, BEST_NAME: checkpoint}  # a full disk leaves the run before as it was
+        for name, content in files.items():
+            save_checkpoint(content, self.output_dir / name)
         with contextlib.suppress(InputError):  # Excel locks what it shows; the next epoch and the report write it again
             replace_file(self.output_dir / HISTORY_NAME, lambda path: write_history(self.history, path))
 
@@ -321,20 +323,25 @@ class Run:
         best = path.with_name(BEST_NAME)
         if not best.exists():
             raise InputError(f"--resume: {BEST_NAME} is missing beside {path}; put it back or train anew")
-        if not _is_same_run(read_checkpoint(best), checkpoint):
-            raise InputError(f"--resume: {best} is of another run than {path}; put the right one back or train anew")
+        best_checkpoint = read_checkpoint(best)
+        if not _is_same_run(best_checkpoint, checkpoint):
+            raise InputError(f"--resume: {best} is of another run than {path}, or of later epochs; put the right one "
+                             "back or train anew")  # fmt: skip
         try:
             self._load(checkpoint)
         except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
             reason = " ".join(str(error).split())[:200]
             raise InputError(f"--resume: {path} is damaged, or of another version of torch: {reason}") from None
+        if best_checkpoint["epoch"] > self.epoch:  # killed while saving; elsewhere the epoch may come out otherwise
+            scores = {name: best_checkpoint["metrics"][name] for name in ("val_acc", "val_loss")}
+            self.best = scores | {"epoch": best_checkpoint["epoch"]}
         self.group.check_same((self.epoch, self.best), "checkpoint to resume")
         if not self.group.is_main:
             return
-        if best.parent.resolve() != self.output_dir.resolve():
-            self._keep_previous()
-            copy_file(best, self.output_dir / BEST_NAME)
         if path.resolve() != (self.output_dir / FINAL_NAME).resolve():
+            self._keep_previous()
+            if best.parent.resolve() != self.output_dir.resolve():
+                copy_file(best, self.output_dir / BEST_NAME)
             copy_file(path, self.output_dir / FINAL_NAME)
 
     def _load(self, checkpoint: dict) -> None:
@@ -356,7 +363,7 @@ def _hash_file(path: str) -> str:
 
 def _is_same_run(best: dict, final: dict) -> bool:
     """Whether two checkpoints are of one run. One that is killed while saving has a best ahead of its final."""
-    if best["epoch"] != final["best_metric"]["epoch"] and best["epoch"] <= final["epoch"]:
+    if best["epoch"] not in (final["best_metric"]["epoch"], final["epoch"] + 1):
         return False
     parts = []
     for checkpoint in (best, final):

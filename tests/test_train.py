@@ -634,6 +634,7 @@ def test_weights_that_are_refused(plain_run, refuse, tmp_path):
     command = ["--data-dir", data, "--output-dir", tmp_path / "out", "--epochs", "1"]
     refuse(*command, "--arch", "cnn4", "--weights", source, words=["cnn4_bn", str(source)])
     refuse(*command, *SMALL, "--weights", tmp_path / "none.pth", words=["none.pth"])
+    refuse(*command, "--arch", "mobilenet_v2", "--weights", "", words=["--weights"])  # "$WEIGHTS" of a shell without it
     torch.save({"0.weight": torch.zeros(2)}, tmp_path / "foreign.pth")
     refuse(*command, *SMALL, "--weights", tmp_path / "foreign.pth", words=["foreign.pth"])
     (tmp_path / "text.pth").write_text("no weights")
@@ -910,6 +911,56 @@ def test_best_of_another_run_is_not_taken_for_this_one(data, train, refuse, tmp_
     refuse("--resume", tmp_path / "one" / FINAL_NAME, "--epochs", 2, words=[BEST_NAME])
 
 
+def test_killed_between_best_and_final(data, run, train, tmp_path):
+    """The epoch that is done again may come out worse, on another device say; the best file is still of the run."""
+    folder = tmp_path / "out"
+    train(data, folder, "--epochs", 1)
+    shutil.copy(folder / FINAL_NAME, tmp_path / FINAL_NAME)
+    assert run("--resume", folder / FINAL_NAME, "--epochs", 2)[0] == 0
+    best = load(folder / BEST_NAME)
+    torch.save(best | {"epoch": 2, "metrics": best["metrics"] | {"val_acc": 0.99}}, folder / BEST_NAME)
+    shutil.copy(tmp_path / FINAL_NAME, folder / FINAL_NAME)
+    for epochs in (3, 4):
+        code, _, err = run("--resume", folder / FINAL_NAME, "--epochs", epochs)
+        assert code == 0, err
+    metric = load(folder / FINAL_NAME)["best_metric"]
+    assert metric == {"val_acc": 0.99, "val_loss": best["metrics"]["val_loss"], "epoch": 2}
+    assert load(folder / BEST_NAME)["metrics"]["val_acc"] == 0.99
+
+
+def test_a_copy_of_the_final_checkpoint_is_resumed(data, train, run, refuse, tmp_path):
+    folder, copy = tmp_path / "out", tmp_path / "out" / "epoch1.pth"
+    train(data, folder, "--epochs", 1)
+    shutil.copy(folder / FINAL_NAME, copy)
+    assert run("--resume", folder / FINAL_NAME, "--epochs", 2)[0] == 0
+    newer = (folder / FINAL_NAME).read_bytes()
+    best = load(folder / BEST_NAME)
+    torch.save(best | {"epoch": 1}, folder / BEST_NAME)
+    assert run("--resume", copy, "--epochs", 1)[0] == 0
+    assert (folder / "final_emotion_model.previous.pth").read_bytes() == newer
+    torch.save(best | {"epoch": 3}, folder / BEST_NAME)
+    refuse("--resume", copy, words=[BEST_NAME, "later"])
+
+
+def test_the_run_before_is_whole_until_the_first_epoch_is_saved(data, run, train, tmp_path, monkeypatch):
+    """A disk that is full when a new run first saves leaves the pair of the run before, which resumes."""
+    train(data, tmp_path, "--epochs", 1)
+    before = {name: (tmp_path / name).read_bytes() for name in (BEST_NAME, FINAL_NAME)}
+    write = torch.save
+
+    def fill_disk(content, file, *args, **options):
+        if "train_state_dict" in content:
+            raise OSError(28, "No space left on device")
+        write(content, file, *args, **options)
+
+    monkeypatch.setattr(torch, "save", fill_disk)
+    code, _, err = run("--data-dir", data, "--output-dir", tmp_path, *SMALL, "--epochs", "1", "--seed", "3")
+    monkeypatch.undo()
+    assert code == 2 and "No space left" in err
+    assert {name: (tmp_path / name).read_bytes() for name in before} == before
+    assert run("--resume", "--output-dir", tmp_path, "--epochs", 2)[0] == 0
+
+
 # What other runs and other sets left behind
 
 
@@ -929,6 +980,15 @@ def test_training_pictures_in_test_are_counted(data, run, tmp_path):
     assert code == 0, err
     assert f"3 of {5 * len(COUNTS) + 3} pictures in test/ stand in train/ too" in out
     assert "Without the 3 pictures that stand in train/ too: " in out and f"% of {5 * len(COUNTS)} (" in out
+
+
+def test_validation_pictures_in_test_are_counted(data, run, tmp_path):
+    draw_folder(data / "val", dict.fromkeys(COUNTS, 4))
+    label = min(COUNTS)
+    shutil.copy(next((data / "val" / label).iterdir()), data / "test" / label / "copy.png")
+    code, out, err = run("--data-dir", data, "--output-dir", tmp_path / "out", *SMALL, "--epochs", "1")
+    assert code == 0, err
+    assert f"1 of {5 * len(COUNTS) + 1} pictures in test/ stand in val/ too" in out and "in train/ too" not in out
 
 
 def test_weights_of_the_same_size_for_other_classes_lose_their_head(plain_run, run, tmp_path):
