@@ -11,7 +11,6 @@ temperature and softmax are inside. Each is compared with PyTorch before it is k
 import argparse
 import json
 import os
-import shutil
 import statistics
 import tempfile
 import time
@@ -23,7 +22,16 @@ import torch
 from checkpoints import get_info, replace_file
 from console import ArgumentParser, make_output_dir, run_script
 from data import FolderImages
-from exporting import CONFIG_NAME, FORMATS, INFO_NAME, Deployed, missing_packages, read_exported, to_stored
+from exporting import (
+    CONFIG_NAME,
+    FORMATS,
+    INFO_NAME,
+    Deployed,
+    is_exported,
+    missing_packages,
+    read_exported,
+    to_stored,
+)
 from inference import open_model, predict_probs
 from models import InputError, InputSpec, printable
 
@@ -100,6 +108,11 @@ def describe_size(path: Path) -> str:
     return f"{path.stat().st_size / 1e6:.1f} MB"
 
 
+def not_written(file: str, error: Exception) -> InputError:
+    reason = printable(" ".join(str(error).split())[:200]) or type(error).__name__
+    return InputError(f"{file} can't be written: {reason}")
+
+
 def export(name: str, deployed: Deployed, info: dict, images: torch.Tensor, what: str, folder: Path) -> list[Path]:
     """Writes one format into `folder`, compares it on `images`, which are `what`, and says so; returns its files.
 
@@ -110,8 +123,7 @@ def export(name: str, deployed: Deployed, info: dict, images: torch.Tensor, what
     try:
         write(deployed, info, path)
     except Exception as error:  # exporters raise anything
-        reason = printable(" ".join(str(error).split())[:200]) or type(error).__name__
-        raise InputError(f"{file} can't be written: {reason}") from None
+        raise not_written(file, error) from None
     exported, _ = read_exported(path, trust=True)
     gap = largest_difference(deployed, Deployed(exported) if name == "safetensors" else exported.probs, images)
     if not gap <= TOLERANCE:
@@ -173,23 +185,33 @@ def measure(model, data: FolderImages) -> tuple[float, float]:
     return torch.stack(right).sum().item() / len(labels), 1000 * statistics.median(times[10:])
 
 
-def export_int8(source: Path, model, args: argparse.Namespace) -> Path:
-    """The ONNX file in whole numbers, beside it; InputError where it costs more accuracy than --max-drop."""
+def load_for_int8(model, args: argparse.Namespace) -> tuple[torch.Tensor, FolderImages]:
+    """Pictures uint8 (N, C, H, W) of train/ to calibrate on, and val/ or test/ to measure on."""
     if not os.path.isdir(Path(args.data_dir, "train")):
         raise InputError(f"--int8: no folder {Path(args.data_dir, 'train')} to calibrate on")
     calibration = load_pictures(args.data_dir, ("train",), model, args.cache_dir)
     data = load_pictures(args.data_dir, ("val", "test"), model, args.cache_dir)
-    path = source.with_name(INT8_NAME)
-    quantize(source, path, draw_pictures(calibration, CALIBRATION, model.input_spec))
+    return draw_pictures(calibration, CALIBRATION, model.input_spec), data
+
+
+def export_int8(source: Path, calibration: torch.Tensor, data: FolderImages, max_drop: float, folder: Path) -> Path:
+    """The ONNX file in whole numbers, in `folder`; InputError where it costs more accuracy than `max_drop` points."""
+    path = folder / INT8_NAME
+    try:
+        quantize(source, path, calibration)
+    except Exception as error:  # like exporters
+        raise not_written(INT8_NAME, error) from None
     measured = [measure(read_exported(file)[0], data) for file in (source, path)]
     for file, (accuracy, ms) in zip((source, path), measured, strict=True):
         where = printable(data.folder.name)
         print(f"{file.name}: {describe_size(file)}, accuracy {100 * accuracy:.2f}% on {len(data):,} pictures of "
               f"{where}/, {ms:.2f} ms a picture")  # fmt: skip
     drop = 100 * (measured[0][0] - measured[1][0])
-    if drop > args.max_drop:
-        raise InputError(f"{INT8_NAME} loses {drop:.2f} points of accuracy, more than --max-drop {args.max_drop:g}; "
-                         "it was not kept")  # fmt: skip
+    if drop > max_drop:
+        earlier = source.with_name(INT8_NAME)
+        note = f", and {earlier} is an earlier one" if earlier.exists() else ""
+        raise InputError(f"{INT8_NAME} loses {drop:.2f} points of accuracy, more than --max-drop {max_drop:g}; it was "
+                         f"not kept{note}")  # fmt: skip
     return path
 
 
@@ -206,6 +228,18 @@ def check_config(output_dir: Path, names: list[str]) -> None:
                              "safetensors")  # fmt: skip
 
 
+def check_source(checkpoint: str | None, output_dir: Path, names: list[str]) -> None:
+    """InputError where the checkpoint is an exported program, or one of the files to be written has its name."""
+    if not checkpoint or not os.path.isfile(checkpoint):
+        return  # open_model says what is wrong
+    if is_exported(checkpoint) and Path(checkpoint).suffix != ".safetensors":
+        raise InputError(f"--checkpoint {checkpoint} is an exported file; export from the checkpoint")
+    for name in names:
+        path = output_dir / FORMATS[name][0]
+        if path.exists() and path.samefile(checkpoint):
+            raise InputError(f"--checkpoint {checkpoint} would be written over; choose another --output-dir")
+
+
 def keep(paths: list[Path], output_dir: Path) -> None:
     """Moves the files to `output_dir`, over earlier ones."""
     for path in paths:
@@ -219,12 +253,12 @@ def main(argv: list[str] | None = None) -> None:
     if not args.max_drop >= 0:
         raise InputError(f"--max-drop must be at least 0, not {args.max_drop}")
     names = pick_formats(args.formats, args.int8)
-    model, checkpoint = open_model(args.checkpoint, "cpu")
-    if hasattr(model, "eats_uint8"):
-        raise InputError(f"--checkpoint {args.checkpoint} is an exported file; export from the checkpoint")
-    deployed = Deployed(model.to(memory_format=torch.contiguous_format).requires_grad_(False))
-    info, output_dir = get_info(checkpoint), make_output_dir(args.output_dir)
+    output_dir = make_output_dir(args.output_dir)
+    check_source(args.checkpoint, output_dir, names)
     check_config(output_dir, names)
+    model, checkpoint = open_model(args.checkpoint, "cpu")
+    deployed = Deployed(model.to(memory_format=torch.contiguous_format).requires_grad_(False))
+    info = get_info(checkpoint)
     images, what = deployed.example(COMPARED), f"{COMPARED} pictures of noise"
     data = load_pictures(args.data_dir, ("test", "val", "train"), model, args.cache_dir)
     if data:
@@ -232,12 +266,13 @@ def main(argv: list[str] | None = None) -> None:
         images = torch.cat([own, images[len(own) :]])
         rest = " and noise" if len(own) < COMPARED else ""
         what = f"{COMPARED} pictures, {len(own)} of {printable(data.folder.name)}/{rest}"
+    for_int8 = load_for_int8(model, args) if args.int8 else None
     with tempfile.TemporaryDirectory(prefix=".export_", dir=output_dir) as folder:
         for name in names:
             keep(export(name, deployed, info, images, what, Path(folder)), output_dir)
-        if args.int8:
-            shutil.copyfile(output_dir / FORMATS["onnx"][0], Path(folder, FORMATS["onnx"][0]))
-            keep([export_int8(Path(folder, FORMATS["onnx"][0]), model, args)], output_dir)
+        if for_int8:
+            source = output_dir / FORMATS["onnx"][0]
+            keep([export_int8(source, *for_int8, args.max_drop, Path(folder))], output_dir)
     print(f"In {printable(output_dir.resolve())}")
 
 

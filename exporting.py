@@ -148,8 +148,9 @@ def read_exported(path: str | Path, *, trust: bool = False) -> tuple[nn.Module, 
     if not path.is_file():
         raise InputError(f"no file {path}" if not path.exists() else f"{path} is not a file")
     if path.suffix in CARRY_CODE and not trust:
-        raise InputError(f"{path} can carry code that runs when it is loaded: pass --trust (trust=True in Python) if "
-                         "it comes from someone you trust, or use the .pth or .onnx file")  # fmt: skip
+        raise InputError(f"{path} can carry code that runs when it is loaded: use the .pth or .onnx file, or, if it "
+                         "comes from someone you trust, pass --trust to predict_emotion.py or evaluate_emotion.py "
+                         "(trust=True in Python)")  # fmt: skip
     read = {".onnx": _read_onnx, ".pt": _read_torchscript, ".pt2": _read_torch_export, ".safetensors": _read_tensors}
     try:
         run, text = read[path.suffix](path)

@@ -186,6 +186,15 @@ def test_config_of_another_program_stays(run, folder, tmp_path):
     assert (tmp_path / "config.json").read_text() == '{"port": 80}' and len(list(tmp_path.iterdir())) == 1
 
 
+def test_the_checkpoint_is_not_written_over(run, folder, tmp_path, monkeypatch):
+    content = (folder / "model.pth").read_bytes()
+    (tmp_path / "emotion_model.pt").write_bytes(content)
+    monkeypatch.chdir(tmp_path)
+    code, _, err = run(export_emotion, "--checkpoint", "emotion_model.pt", "--formats", "torchscript")
+    assert code == 2 and "--output-dir" in err and err.count("\n") == 1
+    assert (tmp_path / "emotion_model.pt").read_bytes() == content and len(list(tmp_path.iterdir())) == 1
+
+
 def test_what_is_exported_names_no_folder_of_the_machine(run, tmp_path):
     write_checkpoint(tmp_path / "model.pth", names=NAMES)
     checkpoint = torch.load(tmp_path / "model.pth", weights_only=True)
