@@ -4,7 +4,8 @@
     modal run -m examples.train_on_modal --data-dir fer2013 --epochs 30 --output-dir outputs
     EMOTION_GPU=H100:4 modal run -m examples.train_on_modal --data-dir fer2013          # four GPUs, by torchrun
 
-All flags but --data-dir, --output-dir and --run go to train_emotion_cnn.py as they are. Pictures are uploaded once, and
+All flags but --data-dir, --output-dir and --run go to train_emotion_cnn.py as they are; those that name files of yours
+(--weights, --teacher) and --tensorboard don't work there. Pictures are uploaded once, and
 the volume is brought up to date where they have changed. A container that is taken away starts again and resumes; so
 does `--run NAME` with the name that an earlier call printed. `modal volume delete facial-emotions` removes what is kept
 there.
@@ -27,6 +28,7 @@ NAME = "facial-emotions"
 GPU = os.environ.get("EMOTION_GPU", "T4")  # or L4, A10G, A100, H100, with :2 and so on for several
 REPO = Path(__file__).resolve().parent.parent  # /root in the container
 VOLUME_DIR = Path("/volume")
+NOT_THERE = ("--weights", "--teacher", "--tensorboard")  # files of this machine, and a package that isn't installed
 
 app = modal.App(NAME)
 volume = modal.Volume.from_name(NAME, create_if_missing=True)
@@ -63,7 +65,8 @@ def train(data: str, run: str, gpus: int, flags: list[str]) -> int:
 def upload(folder: Path, target: str) -> int:
     """Makes `target` on the volume hold the files of `folder`, no others; returns how many were brought or removed.
 
-    A file is brought again where its size is another, or where it has changed since.
+    A file is brought again where its size is another, or where it has changed since. Without a `folder` there is no
+    `target` either.
     """
     try:
         entries = [entry for entry in volume.listdir(target, recursive=True) if entry.type.name == "FILE"]
@@ -73,8 +76,11 @@ def upload(folder: Path, target: str) -> int:
     paths = [Path(root, name) for root, _, names in os.walk(folder) for name in names]
     here = {posixpath.join(target, path.relative_to(folder).as_posix()): path for path in paths if path.is_file()}
     gone = there.keys() - here.keys()
-    for name in gone:
-        volume.remove_file("/" + name)
+    if gone and not folder.is_dir():
+        volume.remove_file(f"/{target}", recursive=True)
+    else:
+        for name in gone:
+            volume.remove_file("/" + name)
     new = {name: path for name, path in here.items() if name not in there or has_changed(path, there[name])}
     if new:
         with volume.batch_upload(force=True) as batch:
@@ -108,12 +114,15 @@ def main(*arguments: str) -> None:
     parser.add_argument("--run", metavar="NAME", help="go on with an earlier run (default: a new one)")
     args, flags = parser.parse_known_args(arguments)
     try:
-        parts = [name for name in ("train", "val", "test") if Path(args.data_dir, name).is_dir()]
-        if "train" not in parts:
+        for flag in flags:
+            if flag.partition("=")[0] in NOT_THERE:
+                raise InputError(f"{flag.partition('=')[0]} doesn't work there; train with it on your own machine")
+        parts = {name: Path(args.data_dir, name) for name in ("train", "val", "test")}
+        if not parts["train"].is_dir():
             raise InputError(f"no folder {Path(args.data_dir, 'train')}: --data-dir must hold train/")
         output_dir = make_output_dir(args.output_dir)
         data, run = Path(args.data_dir).resolve().name, args.run or datetime.now().strftime("%Y%m%d-%H%M%S")
-        count = sum(upload(Path(args.data_dir, part), f"data/{data}/{part}") for part in parts)
+        count = sum(upload(folder, f"data/{data}/{part}") for part, folder in parts.items())
         print(f"{count:,} pictures uploaded or removed; run {run} on {GPU}")
         code = train.remote(data, run, int(GPU.partition(":")[2] or 1), flags)
         if code == 0:

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import warnings
@@ -86,8 +87,9 @@ class Folder:
     def read_file(self, path):
         yield from [(self.root / path).read_bytes()[:10], (self.root / path).read_bytes()[10:]]
 
-    def remove_file(self, path):
-        (self.root / path.strip("/")).unlink()
+    def remove_file(self, path, recursive=False):
+        path = self.root / path.strip("/")
+        shutil.rmtree(path) if recursive else path.unlink()
 
     def batch_upload(self, force=False):
         return contextlib.nullcontext(self)
@@ -117,6 +119,8 @@ def test_upload_and_download(example, tmp_path, monkeypatch):
     assert not (tmp_path / "volume" / "data" / "faces" / "train" / "happy" / "happy_001.png").exists()
     there = tmp_path / "volume" / "data" / "faces" / "train"
     assert (there / "happy" / "happy_000.png").read_bytes() == b"changed" and len(list(there.glob("*/*"))) == 24
+    assert example.upload(tmp_path / "no val", "data/faces/val") == 0
+    assert example.upload(tmp_path / "no train", "data/faces/train") == 24 and not there.exists()
     run = tmp_path / "volume" / "runs" / "one"
     (run / "tensorboard").mkdir(parents=True)
     (run / "metrics.json").write_text("{}" * 20)
@@ -149,3 +153,5 @@ def test_main_passes_flags_on_and_brings_results_back(example, tmp_path, monkeyp
     assert "24 pictures uploaded or removed" in capsys.readouterr().out
     assert run_main(example, "--data-dir", tmp_path / "nowhere") == 2
     assert "no folder" in capsys.readouterr().err
+    assert run_main(example, *folders, f"--weights={tmp_path / 'best_emotion_model.pth'}") == 2
+    assert "--weights" in capsys.readouterr().err and len(calls) == 1
