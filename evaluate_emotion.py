@@ -52,7 +52,10 @@ def load_split(args: argparse.Namespace, model, config: dict) -> tuple[FolderIma
         train_rows, val_rows = split_train_val(
             data.labels, data.digests, config.get("val_fraction", 0.1), config.get("seed", 0)
         )
-        return data, val_rows if args.split == "val" else train_rows, args.split
+        rows = val_rows if args.split == "val" else train_rows
+        if len(rows) == 0:
+            raise InputError(f"{len(data)} pictures in {root / 'train'} are too few for a validation share")
+        return data, rows, args.split
     if os.path.isdir(root / args.split):
         data, name = FolderImages(root / args.split, model.input_spec, **options), args.split
     elif any(os.path.isdir(root / other) for other in ("train", "val", "test")):
@@ -63,10 +66,11 @@ def load_split(args: argparse.Namespace, model, config: dict) -> tuple[FolderIma
 
 
 def new_output_dir(name: str) -> Path:
-    """The folder, made where it is missing; InputError where it holds a report, such as training's of another split."""
+    """The folder, made where it is missing; InputError where it holds a report, such as training's or a card's."""
     output_dir = make_output_dir(name)
-    if os.path.exists(output_dir / "metrics.json"):
-        raise InputError(f"--output-dir {name} holds a report already (metrics.json); choose another folder")
+    for file in reports.result_files({}):
+        if os.path.exists(output_dir / file):
+            raise InputError(f"--output-dir {name} holds a report already ({file}); choose another folder")
     return output_dir
 
 

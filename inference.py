@@ -108,7 +108,7 @@ def predict_images(
     model: nn.Module, images: Iterable, class_names: list[str], batch_size: int = 64
 ) -> list[Prediction]:
     """`predict_image` for many pictures, in batches; the same three for each, in the order given."""
-    if isinstance(images, str | os.PathLike | np.ndarray):
+    if isinstance(images, str | os.PathLike | np.ndarray) or not isinstance(images, Iterable):  # a PIL image is none
         raise InputError("predict_images takes a list of pictures; for one, call predict_image")
     _check_classes(model, class_names)
     found = classify(model, list(images), make_finder(model.input_spec), batch_size)

@@ -99,6 +99,10 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=0.001, help="of the second table (default: 0.001)")
     parser.add_argument("--epochs", type=count, help="of it, for 1,000 pictures a class (default: the recipe's)")
     args = parser.parse_args()
+    for number in args.counts:
+        if number < TRAIN < number * args.seeds:
+            raise InputError(f"--counts {number}: {TRAIN:,} pictures a class have no {args.seeds} times so many; lower "
+                             "--seeds")  # fmt: skip
     recipes = [SYSTEM, args.arch] if args.recipes is None else args.recipes
     check_inputs(args.data_dir, args.arch, *recipes, splits=("train", "val"))
     output_dir = make_output_dir(args.output_dir)
@@ -106,7 +110,7 @@ def main() -> None:
 
     def run(folder: str, pictures: str, arch: str, *options) -> Path:
         folder = output_dir / "runs" / f"{folder}-{arch}"
-        train(folder, "--data-dir", output_dir / pictures, "--arch", arch, *options)
+        train(folder, "--data-dir", output_dir / pictures, "--arch", arch, "--no-pretrained", *options)
         return folder
 
     if recipes:

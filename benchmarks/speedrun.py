@@ -79,8 +79,10 @@ def run_plain(settings: dict, workers: int) -> Iterator[tuple[float, float]]:
     try:
         while True:
             yield pipe.recv()
-    except EOFError:  # the recipe has ended
-        pass
+    except EOFError:  # the recipe has ended, or the process has
+        process.join()
+        if process.exitcode:
+            raise InputError(f"the plain loop of {settings['arch']} ended with {process.exitcode}, see above") from None
     finally:
         process.terminate()
         process.join()

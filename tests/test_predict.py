@@ -226,7 +226,7 @@ def test_what_cannot_be_read_raises_value_error(loaded, tmp_path, photo):
 
 def test_one_picture_in_the_place_of_a_list(loaded, photo):
     model, names = loaded
-    for picture in (str(photo), photo, np.zeros((48, 48), np.uint8)):
+    for picture in (str(photo), photo, np.zeros((48, 48), np.uint8), Image.new("L", (48, 48))):
         with pytest.raises(InputError, match="predict_image$"):
             predict_images(model, picture, names)
 
