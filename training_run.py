@@ -278,7 +278,8 @@ class Run:
         files = {BEST_NAME: checkpoint, FINAL_NAME: whole} if is_best else {FINAL_NAME: whole}
         if len(self.history) == 1:
             self._keep_previous()
-            files = {FINAL_NAME: whole, BEST_NAME: checkpoint}  # a full disk leaves the run before as it was
+            if (self.output_dir / FINAL_NAME).exists():  # a full disk leaves that run as it was
+                files = {FINAL_NAME: whole, BEST_NAME: checkpoint}
         for name, content in files.items():
             save_checkpoint(content, self.output_dir / name)
         with contextlib.suppress(InputError):  # Excel locks what it shows; the next epoch and the report write it again
