@@ -253,12 +253,11 @@ def main(argv: list[str] | None = None) -> None:
     if not args.max_drop >= 0:
         raise InputError(f"--max-drop must be at least 0, not {args.max_drop}")
     names = pick_formats(args.formats, args.int8)
-    output_dir = make_output_dir(args.output_dir)
-    check_source(args.checkpoint, output_dir, names)
-    check_config(output_dir, names)
+    check_source(args.checkpoint, Path(args.output_dir), names)
     model, checkpoint = open_model(args.checkpoint, "cpu")
     deployed = Deployed(model.to(memory_format=torch.contiguous_format).requires_grad_(False))
-    info = get_info(checkpoint)
+    info, output_dir = get_info(checkpoint), make_output_dir(args.output_dir)
+    check_config(output_dir, names)
     images, what = deployed.example(COMPARED), f"{COMPARED} pictures of noise"
     data = load_pictures(args.data_dir, ("test", "val", "train"), model, args.cache_dir)
     if data:
