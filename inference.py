@@ -86,7 +86,8 @@ def open_model(
     target = pick_device(device)
     model = model.to(target, memory_format=memory_format(target))
     if model.trained_on == SAMPLE_SET:
-        print(f"note: this network was trained on {model.trained_on}; for photos, train on real faces", file=sys.stderr)
+        print(f"note: this network was trained on {model.trained_on}; for photos, train on real faces or pass "
+              "--checkpoint weights/emotion_model.pth", file=sys.stderr)  # fmt: skip
     return model, info
 
 

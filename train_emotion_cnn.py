@@ -76,7 +76,7 @@ FLAGS = {  # group: (flag, default, argparse's options, help)
         ("--weights", None, {"metavar": "PATH"}, "start from a checkpoint or a state_dict file"),
         ("--freeze", None, {"metavar": "STAGE"}, "freeze a backbone up to and with this stage; all leaves the "
          "head to learn"),
-        ("--dropout", BY_ARCH, {"type": _SHARE}, "of the classifier head"),
+        ("--dropout", BY_ARCH, {"type": _SHARE}, "of the classifier head, each of its dropouts"),
     ],
     "optimisation": [
         ("--epochs", BY_ARCH, {"type": _number(int, 1)}, "how often every training picture is seen"),

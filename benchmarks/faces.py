@@ -22,7 +22,7 @@ from console import ArgumentParser, run_script
 from data import walk_pictures
 from decoding import read_whole
 from faces import crop_face, find_faces
-from inference import load_model, predict_image
+from inference import BUNDLED, load_model, predict_image
 from models import InputError
 
 PHOTO = Path(__file__).parent.parent / "examples" / "astronaut.jpg"
@@ -75,7 +75,8 @@ def main() -> None:
     parser.add_argument("--data-dir", metavar="DIR", default=".", help="its train/ is searched (default: .)")
     parser.add_argument("--photo", metavar="FILE", default=str(PHOTO), help="a picture of a face (default: examples/"
                         "astronaut.jpg)")  # fmt: skip
-    parser.add_argument("--checkpoint", metavar="PATH", help="(default: weights/emotion_model.pth)")
+    parser.add_argument("--checkpoint", metavar="PATH", default=str(BUNDLED), help="(default: weights/"
+                        "emotion_model.pth)")  # fmt: skip
     parser.add_argument("--pictures", type=count, default=1000, help="to measure framing on (default: 1000)")
     parser.add_argument("--rounds", type=count, default=30, help="(default: 30)")
     parser.add_argument("--yunet", metavar="FILE", help="YuNet's .onnx file, in the place of the cascade")
