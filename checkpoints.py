@@ -176,8 +176,9 @@ def read_checkpoint(path: str | Path) -> dict:
 def adopt_checkpoint(path: str | Path, arch: str, class_names: list[str]) -> dict:
     """A checkpoint made of another tool's state_dict of `arch`, bare or in a usual layout, as read_checkpoint's.
 
-    `class_names` are in the order of its logits; pictures are prepared as for our networks of that arch. Raises
-    InputError with one line where there is no state_dict in it.
+    `class_names` are in the order of its logits; pictures are prepared as for our networks of that arch. Where its
+    keys are others than ours, tensors are taken in order, if their shapes agree. Raises InputError with one line where
+    there is no state_dict in it.
     """
     if not isinstance(class_names, list | tuple) or not all(isinstance(name, str) for name in class_names):
         raise InputError(f"class_names must be a list of names, in the order of the logits, not {class_names!r:.100}")
@@ -188,9 +189,11 @@ def adopt_checkpoint(path: str | Path, arch: str, class_names: list[str]) -> dic
     if state_dict is None:
         raise InputError(f"{path} holds no state_dict")
     spec = input_spec_for(arch).to_dict()
+    with torch.device("meta"):
+        own = create_model(arch, len(class_names)).state_dict()
     checkpoint = {"format_version": FORMAT_VERSION, "arch": arch, "num_classes": len(class_names), "metrics": {},
                   "class_names": list(class_names), "input_spec": spec, "temperature": 1.0, "config": {}, "epoch": 0,
-                  "trained_on": "what another tool had", "state_dict": state_dict}  # fmt: skip
+                  "trained_on": "what another tool had", "state_dict": _rename(state_dict, own)}  # fmt: skip
     return check_info(checkpoint, path)
 
 
@@ -286,7 +289,8 @@ def build_model(checkpoint: dict, path: str | Path = "the checkpoint") -> nn.Mod
 def load_initial_weights(model: nn.Module, path: str | Path, class_names: list[str] | None = None) -> str:
     """Starts `model` from one of our checkpoints of the same arch, or from a state_dict such as torchvision's.
 
-    A state_dict may also stand in a dict under the names that other tools give it, its keys behind "module.".
+    A state_dict may also stand in a dict under the names that other tools give it, its keys behind "module."; where the
+    keys are others than ours, tensors are taken in order, if their shapes agree.
 
     A last layer of another size, or made for other classes than `class_names`, is left as it is. Returns one line
     that says what was loaded; raises InputError where the file is of another arch or does not fit.
@@ -327,11 +331,20 @@ def _unwrap(loaded) -> dict[str, torch.Tensor] | None:
     return loaded or None
 
 
+def _rename(state_dict: dict[str, torch.Tensor], own: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """`state_dict` under the names of `own`, in order, where it has others and shapes agree, but for the last layer."""
+    shapes, expected = ([value.shape for value in weights.values()] for weights in (state_dict, own))
+    if state_dict.keys() == own.keys() or len(shapes) != len(expected) or shapes[:-2] != expected[:-2]:
+        return state_dict
+    return dict(zip(own, state_dict.values(), strict=True))
+
+
 def _load_matching(
     model: nn.Module, state_dict: dict[str, torch.Tensor], path: str | Path, *, keep_last: bool = True
 ) -> str:
     """Loads all of `state_dict`; the last layer is left as it is where the file's is another, by size or by meaning."""
     own = model.state_dict()
+    state_dict = _rename(state_dict, own)
     last = list(own)[-1].rpartition(".")[0]  # the layer that makes logits stands last in every network here
     replaced = {key: own[key] for key in own if key.startswith(last + ".")}
     try:

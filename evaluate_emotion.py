@@ -21,7 +21,7 @@ from data import FolderImages
 from engine import PRECISIONS, evaluate, pick_precision, to_log_probs
 from inference import open_model, prepare
 from models import InputError, printable
-from splits import Batches, split_train_val
+from splits import Batches, find_copies, split_train_val
 
 
 def get_args_parser() -> ArgumentParser:
@@ -42,8 +42,10 @@ def get_args_parser() -> ArgumentParser:
     return parser
 
 
-def load_split(args: argparse.Namespace, model, config: dict) -> tuple[FolderImages, np.ndarray, str]:
-    """The pictures, the rows of them that make up the split, and what the split is called."""
+def load_split(
+    args: argparse.Namespace, model, config: dict
+) -> tuple[FolderImages, np.ndarray, str, np.ndarray | None]:
+    """The pictures, the rows of them that are the split, what it is called, and which of them stand in train/ too."""
     root = Path(args.data_dir)
     options = {"class_names": model.class_names, "cache_dir": args.cache_dir, "strict": args.strict}
     shares_train = args.split != "test" and os.path.isdir(root / "train") and not os.path.isdir(root / "val")
@@ -55,14 +57,17 @@ def load_split(args: argparse.Namespace, model, config: dict) -> tuple[FolderIma
         rows = val_rows if args.split == "val" else train_rows
         if len(rows) == 0:
             raise InputError(f"{len(data)} pictures in {root / 'train'} are too few for a validation share")
-        return data, rows, args.split
+        return data, rows, args.split, None
+    copies = None
     if os.path.isdir(root / args.split):
         data, name = FolderImages(root / args.split, model.input_spec, **options), args.split
+        if args.split != "train" and os.path.isdir(root / "train"):
+            copies = find_copies(FolderImages(root / "train", model.input_spec, cache_dir=args.cache_dir), data)
     elif any(os.path.isdir(root / other) for other in ("train", "val", "test")):
         raise InputError(f"no folder {root / args.split}; choose another --split")
     else:
         data, name = FolderImages(root, model.input_spec, **options), printable(root.resolve().name)
-    return data, np.arange(len(data)), name
+    return data, np.arange(len(data)), name, copies
 
 
 def new_output_dir(name: str) -> Path:
@@ -82,7 +87,7 @@ def main(argv: list[str] | None = None) -> None:
     device = next(model.parameters()).device
     precision = pick_precision(args.precision, device)
     output_dir = args.output_dir and new_output_dir(args.output_dir)
-    data, rows, split = load_split(args, model, info["config"])
+    data, rows, split, copies = load_split(args, model, info["config"])
     for note in data.notes:
         print(note)
     logits, labels = evaluate(
@@ -99,6 +104,7 @@ def main(argv: list[str] | None = None) -> None:
         split=split,
         temperature=model.temperature,
         uncalibrated=to_log_probs(logits).numpy(),
+        copies=copies,
     )
     metrics |= {"arch": model.arch, "epoch": info["epoch"], "tta": args.tta}
     views = ", mirrored views averaged" if args.tta else ""

@@ -1,9 +1,10 @@
-"""Make a folder to train on: draw the sample set, import FER2013 as people download it, or see what is wrong in one.
+"""Make a folder to train on: draw the sample set, import FER2013, crop photos to faces, or see what is wrong in one.
 
     python prepare_data.py sample                                   # draws train/ and test/ into the current folder
     python prepare_data.py fer2013 archive.zip --output-dir FOLDER  # writes FOLDER/train/, FOLDER/val/, FOLDER/test/
     python prepare_data.py fer2013 fer2013.csv --output-dir FOLDER
     python prepare_data.py fer2013 --download --output-dir FOLDER   # fetches the archive with kagglehub
+    python prepare_data.py crop FOLDER --output-dir NEW             # the largest face of every photo (needs OpenCV)
     python prepare_data.py audit FOLDER                             # unreadable, blank, copied, mislabelled pictures
 
 The challenge's PublicTest half becomes val/, its PrivateTest half test/. The archive may also be its unpacked folder,
@@ -11,6 +12,7 @@ fer2013.csv, icml_face_data.csv, a zip or tar.gz with one of those tables, or a 
 """
 
 import argparse
+import contextlib
 import csv
 import gzip
 import lzma
@@ -18,6 +20,7 @@ import os
 import re
 import shutil
 import stat
+import sys
 import tarfile
 import zipfile
 import zlib
@@ -32,7 +35,10 @@ from tqdm import tqdm
 
 from checkpoints import replace_file
 from console import ArgumentParser, make_output_dir, run_script
-from data import EXTENSIONS
+from data import EXTENSIONS, walk_pictures
+from decoding import read_whole
+from faces import crop_face, find_faces
+from inference import CROP_SIZE
 from models import InputError, printable
 
 CSV_CLASSES = {"0": "angry", "1": "disgust", "2": "fear", "3": "happy", "4": "sad", "5": "surprise", "6": "neutral"}
@@ -218,30 +224,44 @@ def download_fer2013() -> Path:
         raise InputError(f"--download failed ({reason}); pip install kagglehub, or {BY_HAND}") from error
 
 
+def check_new(target: Path) -> None:
+    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        raise InputError(f"--output-dir {target} is there and not empty; choose a new folder")
+
+
+@contextlib.contextmanager
+def fill(target: Path) -> Iterator[Path]:
+    """A folder beside or in `target` to write to; what is in it moves to `target` at the end, or nothing does.
+
+    A target that is there is empty. It may be a mount point or the current folder, so it is filled and not replaced.
+    """
+    is_there = target.is_dir()
+    partial = Path(f"{target}{'/' if is_there else ''}.partial-{os.getpid()}")
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        for folder in list(partial.iterdir()) if is_there else [partial]:
+            folder.rename(target / folder.name if is_there else target)
+    finally:  # of an error or Ctrl-C; after success no picture is left in it
+        shutil.rmtree(partial, ignore_errors=True)
+
+
 def import_fer2013(source: Path | None, target: Path) -> tuple[Counter, str | None]:
     """Write FER2013 from `source` (None downloads it) to `target`/<split>/<class>/, or nothing where that fails.
 
     Returns (Counter of (split, class name), undecided). Raises InputError for whatever can't be read or written.
     """
     try:
-        is_there = target.is_dir()  # it may be a mount point or the current folder, so it is filled and not replaced
-        if target.exists() and not (is_there and not any(target.iterdir())):
-            raise InputError(f"--output-dir {target} is there and not empty; choose a new folder")
+        check_new(target)
         if source and not os.path.exists(source):
             raise InputError(f"No such file or folder: {source}; {BY_HAND}")
         source, table, pictures = find_set(source or download_fer2013())
         places, undecided = place_pictures(source, pictures)
-        partial = Path(f"{target}{'/' if is_there else ''}.partial-{os.getpid()}")
-        partial.mkdir(parents=True)
-        try:
+        with fill(target) as partial:
             counts = write_set(source, table, places, partial)
             if "train" not in {split for split, _ in counts}:
                 raise InputError(f"{source} holds no training pictures; {BY_HAND}")
-            for folder in partial.iterdir() if is_there else [partial]:
-                folder.rename(target / folder.name if is_there else target)
-            return counts, undecided
-        finally:  # of an error or Ctrl-C; after success no picture is left in it
-            shutil.rmtree(partial, ignore_errors=True)
+        return counts, undecided
     except InputError:
         raise
     except FILE_ERRORS as error:
@@ -275,6 +295,51 @@ def draw_sample(output_dir: Path, seed: int) -> None:
         print(f"{printable(folder)}: {len(list(folder.glob('*/*')))} pictures, {len(list(folder.iterdir()))} classes")
 
 
+def crop_largest(path: Path) -> np.ndarray:
+    """What predictions see of a photo: its largest face, uint8 (S, S, 3); all of it where it has at most 100 pixels.
+
+    Raises InputError where there is no face and where the file can't be read.
+    """
+    pixels = read_whole(path)
+    if max(pixels.shape[:2]) <= CROP_SIZE:
+        return pixels
+    found = find_faces(pixels)
+    if not found:
+        raise InputError(f"no face is found in {path}")
+    return crop_face(pixels, found[0])
+
+
+def crop_photos(source: Path, target: Path) -> None:
+    """Writes `crop_largest` of every photo below `source` to the same place in `target`, as PNG.
+
+    Names and leaves out what has no face or can't be read; InputError where nothing is left or OpenCV is missing.
+    """
+    if source.resolve() in (target.resolve(), *target.resolve().parents):
+        raise InputError(f"--output-dir {target} is inside of {source}; choose another folder")
+    pictures, kept = [Path(entry.path) for entry in walk_pictures(source)], 0
+    find_faces(np.zeros((32, 32), np.uint8))  # so that a missing OpenCV shows once, and first
+    try:
+        check_new(target)
+        with fill(target) as partial:
+            for path in tqdm(pictures, unit="picture", leave=False, disable=None):
+                try:
+                    face = crop_largest(path)
+                except InputError as error:
+                    tqdm.write(f"left out: {error}", file=sys.stderr)
+                    continue
+                place = partial / path.relative_to(source).with_suffix(".png")
+                place.parent.mkdir(parents=True, exist_ok=True)
+                if place.exists():  # of another ending
+                    place = place.with_name(f"{path.name}.png")
+                Image.fromarray(face[..., 0] if (face == face[..., :1]).all() else face).save(place)  # gray stays gray
+                kept += 1
+            if kept == 0:
+                raise InputError(f"there is no face in {source}: {len(pictures):,} pictures were looked at")
+    except OSError as error:
+        raise InputError(f"can't crop {source} into {target}: {error}") from error
+    print(f"{kept:,} of {len(pictures):,} pictures cropped to their faces, {len(pictures) - kept:,} left out")
+
+
 def audit_folder(folder: Path, output_dir: Path) -> None:
     """Prints what is wrong with the pictures in `folder`, and writes it to `output_dir`."""
     import json
@@ -298,7 +363,7 @@ def audit_folder(folder: Path, output_dir: Path) -> None:
 
 def get_args_parser() -> ArgumentParser:
     parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", metavar="{sample,fer2013,audit}", required=True)
+    commands = parser.add_subparsers(dest="command", metavar="{sample,fer2013,crop,audit}", required=True)
     sample = commands.add_parser("sample", help="draw train/ and test/")
     sample.add_argument("--output-dir", type=Path, default=".", help="folder for train/ and test/ (default: current)")
     sample.add_argument("--seed", type=int, default=0, help="same seed, same pictures (default: 0)")
@@ -306,10 +371,12 @@ def get_args_parser() -> ArgumentParser:
     fer2013.add_argument("source", type=Path, nargs="?", metavar="SOURCE", help="zip, tar.gz, CSV or folder of FER2013")
     fer2013.add_argument("--download", action="store_true", help="fetch msambare/fer2013 with kagglehub instead")
     fer2013.add_argument("--output-dir", type=Path, required=True, help="new folder for train/, val/ and test/")
+    crop = commands.add_parser("crop", help="cut the largest face out of every photo")
+    crop.add_argument("folder", type=Path, metavar="FOLDER", help="holds photos, in folders of any depth")
+    crop.add_argument("--output-dir", type=Path, required=True, help="new folder for the faces")
     check = commands.add_parser("audit", help="look for what is wrong in a folder of pictures")
     check.add_argument("folder", type=Path, metavar="FOLDER", help="holds train/, val/, test/, or class folders")
-    check.add_argument("--output-dir", type=Path, default="audit", help="folder for audit.txt, audit.json and "
-                       "audit.png (default: audit)")  # fmt: skip
+    check.add_argument("--output-dir", type=Path, default="audit", help="for its files (default: audit)")
     return parser
 
 
@@ -317,6 +384,8 @@ def main(argv: list[str] | None = None) -> None:
     args = get_args_parser().parse_args(argv)
     if args.command == "sample":
         draw_sample(args.output_dir, args.seed)
+    elif args.command == "crop":
+        crop_photos(args.folder, args.output_dir)
     elif args.command == "audit":
         audit_folder(args.folder, args.output_dir)
     elif args.download == (args.source is not None):

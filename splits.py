@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data import SAMPLE_SET, FolderImages, hash_pixels, is_sample_set
+from data import SAMPLE_PREFIX, SAMPLE_SET, FolderImages, hash_pixels, is_sample_set
 from distributed import ALONE, Group
 from models import InputError, InputSpec, printable
 
@@ -173,7 +173,7 @@ def load_splits(
         trained_on=SAMPLE_SET if is_sample_set(train.paths) else printable(root.resolve().name),
         split_hash=hash_split(*(([data.digests[row] for row in rows], data.labels[rows]) for data, rows in parts)),
         where_val="val/" if val else f"{100 * val_fraction:g}% of train/",
-        notes=[note for part in (train, val, test) if part for note in part.notes]
+        notes=[note for part in (train, val, test) if part for note in part.notes + warn_of_drawings(part)]
         + warn_of_copies(val, copies["val"], "train")
         + warn_of_copies(test, copies["test"], "train")
         + (warn_of_copies(test, find_copies(val, test), "val") if val else []),
@@ -195,6 +195,15 @@ def _digests_of(data: FolderImages, channels: int) -> list[str]:
     if data.images.shape[1] == channels:
         return data.digests
     return [hash_pixels(np.repeat(picture, channels, 0)) for picture in data.images]
+
+
+def warn_of_drawings(part: FolderImages) -> list[str]:
+    count = sum(is_sample_set([path]) for path in part.paths)
+    if count in (0, len(part)):
+        return []
+    where = printable(part.folder.name)
+    return [f"warning: {count:,} of {len(part):,} pictures in {where}/ are drawings of the sample set; delete "
+            f"{where}/*/{SAMPLE_PREFIX}* to train on your own alone"]  # fmt: skip
 
 
 def warn_of_copies(part: FolderImages | None, copies: np.ndarray | None, other: str) -> list[str]:

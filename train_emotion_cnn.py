@@ -95,7 +95,7 @@ FLAGS = {  # group: (flag, default, argparse's options, help)
         ("--clip-grad", 0.0, {"type": _number(float, 0), "metavar": "NORM"}, "clip the gradient's norm; 0 is off"),
         ("--ema", BY_ARCH, {"type": _SHARE, "metavar": "DECAY"}, "average the weights, 0.999 say; 0 is off"),
         ("--early-stopping", 0, {"type": _COUNT, "metavar": "EPOCHS"}, "stop after so many without a better "
-         "one; 0 is off"),
+         "validation accuracy; 0 is off"),
     ],
     "run": [
         ("--output-dir", ".", {"metavar": "DIR"}, "where everything is written"),
@@ -213,8 +213,6 @@ def report(run: Run) -> None:
     checkpoint = read_checkpoint(path)
     model = build_model(checkpoint, path).to(run.device, memory_format=memory_format(run.device))
     temperature = fit_temperature(*run.measure(model, splits.val))
-    if checkpoint["temperature"] != temperature:
-        save_checkpoint(checkpoint | {"temperature": temperature}, path)
     split = "test" if splits.test else "val"
     logits, labels = run.measure(model, splits.test or splits.val)
     metrics = reports.compute_metrics(
@@ -226,7 +224,12 @@ def report(run: Run) -> None:
         uncalibrated=to_log_probs(logits).numpy(),
         copies=splits.copies[split],
     )
-    metrics |= {"arch": model.arch, "epoch": checkpoint["epoch"], "val": checkpoint["metrics"]}
+    selected = {name: value for name, value in checkpoint["metrics"].items() if not name.startswith("test_")}
+    metrics |= {"arch": model.arch, "epoch": checkpoint["epoch"], "val": selected}
+    tested = {f"test_{name}": metrics[name] for name in ("accuracy", "macro_f1", "count") if split == "test"}
+    measured = checkpoint | {"temperature": temperature, "metrics": selected | tested}
+    if measured != checkpoint:
+        save_checkpoint(measured, path)
     files = reports.result_files(metrics)
     title = f"{model.arch} on {splits.trained_on}"
     files[HISTORY_NAME] = lambda path: write_history(run.history, path)

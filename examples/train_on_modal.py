@@ -29,13 +29,14 @@ GPU = os.environ.get("EMOTION_GPU", "T4")  # or L4, A10G, A100, H100, with :2 an
 REPO = Path(__file__).resolve().parent.parent  # /root in the container
 VOLUME_DIR = Path("/volume")
 NOT_THERE = ("--weights", "--teacher", "--tensorboard")  # files of this machine, and a package that isn't installed
+IGNORED = ~modal.FilePatternMatcher("*.py")  # all but train_emotion_cnn.py and the modules beside it
 
 app = modal.App(NAME)
 volume = modal.Volume.from_name(NAME, create_if_missing=True)
 image = (
     modal.Image.debian_slim(python_version="3.12")
     .pip_install_from_requirements(str(REPO / "requirements.txt"))
-    .add_local_dir(REPO, "/root", ignore=~modal.FilePatternMatcher("*.py"))  # the modules beside train_emotion_cnn.py
+    .add_local_dir(REPO, "/root", ignore=IGNORED)
 )
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import random
+import signal
 import socket
 import subprocess
 import sys
@@ -51,6 +52,30 @@ def open_portrait():
 def open_faceless():
     """A photo without a face: what is below it in the portrait."""
     return open_portrait().crop((0, 200, 512, 512))
+
+
+def interrupt(main, args, function, call=1):
+    """Runs a script's main; Ctrl-C is pressed where it enters `function` for the `call`th time."""
+    from console import run_script  # not above, where torch would come before OMP_NUM_THREADS
+
+    calls = 0
+
+    def press(frame, event, _):
+        nonlocal calls
+        calls += event == "call" and frame.f_code.co_name == function
+        if calls == call:
+            sys.setprofile(None)
+            signal.raise_signal(signal.SIGINT)
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    sys.setprofile(press)
+    try:
+        with pytest.raises(SystemExit) as stop:
+            run_script(lambda: main([str(arg) for arg in args]))
+    finally:
+        sys.setprofile(None)
+        signal.signal(signal.SIGINT, before)
+    assert stop.value.code == 130
 
 
 def draw_folder(root, counts, size=48, mode="L", ending=".png"):

@@ -12,6 +12,7 @@ from torch import nn
 import checkpoints
 from checkpoints import (
     FORMAT_VERSION,
+    adopt_checkpoint,
     build_model,
     load_initial_weights,
     make_checkpoint,
@@ -436,9 +437,47 @@ def test_input_spec_with_other_channels_than_the_network(saved):
 # Starting weights
 
 
-def assert_same(model, state_dict, but=()):
+def assert_same(model, state_dict):
     for key, value in model.state_dict().items():
-        assert torch.equal(value, state_dict[key]) == (key not in but), key
+        assert torch.equal(value, state_dict[key]), key
+
+
+class EmotionCNN(nn.Module):
+    """S3's network under S3's names."""
+
+    def __init__(self, num_classes):
+        super().__init__()
+        self.conv1, self.conv2 = nn.Conv2d(1, 32, 3, padding=1), nn.Conv2d(32, 64, 3, padding=1)
+        self.conv3, self.conv4 = nn.Conv2d(64, 128, 3, padding=1), nn.Conv2d(128, 128, 3, padding=1)
+        self.pool, self.fc1, self.fc2 = nn.MaxPool2d(2), nn.Linear(4608, 1024), nn.Linear(1024, num_classes)
+
+    def forward(self, x):
+        x = self.pool(self.conv2(self.conv1(x).relu()).relu())
+        x = self.pool(self.conv4(self.pool(self.conv3(x).relu())).relu())
+        return self.fc2(self.fc1(x.flatten(1)).relu())
+
+
+def test_weights_under_other_names_are_taken_in_order(tmp_path):
+    torch.manual_seed(0)
+    theirs, inputs = EmotionCNN(5).eval(), torch.randn(3, 1, 48, 48)
+    torch.save(theirs.state_dict(), tmp_path / "s3.pth")
+    names = ["a", "b", "c", "d", "e"]
+    model = build_model(adopt_checkpoint(tmp_path / "s3.pth", "cnn4", names))
+    torch.testing.assert_close(model(inputs), theirs(inputs))
+    start = create_model("cnn4", 5).eval()
+    assert "all weights loaded" in load_initial_weights(start, tmp_path / "s3.pth")
+    torch.testing.assert_close(start(inputs), theirs(inputs))
+    other = create_model("cnn4", 2)
+    assert "but the last layer" in load_initial_weights(other, tmp_path / "s3.pth")
+    assert torch.equal(other[0].weight, theirs.conv1.weight)
+
+
+def test_weights_under_other_names_and_in_another_order_are_refused(tmp_path):
+    state_dict = EmotionCNN(5).state_dict()
+    torch.save(dict(sorted(state_dict.items())), tmp_path / "sorted.pth")  # bias before weight
+    with pytest.raises(InputError) as caught:
+        build_model(adopt_checkpoint(tmp_path / "sorted.pth", "cnn4", ["a", "b", "c", "d", "e"]), "sorted.pth")
+    assert "sorted.pth" in str(caught.value) and "cnn4" in str(caught.value)
 
 
 @pytest.mark.parametrize("kind", ["checkpoint", "state_dict"])

@@ -281,7 +281,21 @@ def rates(name, steps, values=None):
 def test_onecycle_peaks_at_the_learning_rate():
     lrs = rates("onecycle", 40)
     assert max(lrs) == pytest.approx(0.1, rel=1e-3)
-    assert lrs[0] < 0.01 and lrs[-1] < 0.001 and 5 < lrs.index(max(lrs)) < 20
+    assert lrs[0] < 0.01 and lrs[-1] < 0.001 and lrs.index(max(lrs)) == 0.3 * 40 - 1
+
+
+@pytest.mark.parametrize(("optimizer", "momentum"), [
+    ("sgd", lambda group: group["momentum"]), ("adamw", lambda group: group["betas"][0]),
+])  # fmt: skip
+def test_onecycle_lowers_the_momentum_while_it_raises_the_rate(optimizer, momentum):
+    optimizer = make_optimizer(optimizer, plain_network(), lr=0.1, weight_decay=0.0)
+    scheduler, seen = make_scheduler("onecycle", optimizer, total_steps=40), []
+    for _ in range(40):
+        seen.append(momentum(optimizer.param_groups[0]))
+        optimizer.step()
+        scheduler.step()
+    assert [seen[0], min(seen), seen[-1]] == pytest.approx([0.95, 0.85, 0.95], abs=1e-3)
+    assert seen.index(min(seen)) == 0.3 * 40 - 1
 
 
 def test_cosine_falls_to_zero():
@@ -458,7 +472,9 @@ def test_a_device_that_holds_no_numbers_is_refused():
 
 def test_precisions():
     assert pick_precision("fp32", CPU) == torch.float32 and pick_precision("bf16", CPU) == torch.bfloat16
-    assert pick_precision("auto", CPU) in (torch.float32, torch.bfloat16)
+    multiplies = {name for name, there in torch.cpu.get_capabilities().items() if there}
+    has_bf16 = torch.backends.mkldnn.is_available() and multiplies & {"avx512_bf16", "amx_bf16", "bf16"}
+    assert pick_precision("auto", CPU) == (torch.bfloat16 if has_bf16 else torch.float32)
     assert pick_precision("auto", torch.device("mps")) == torch.float32
     assert pick_precision("fp16", torch.device("cuda")) == torch.float16
     for device in ("cpu", "mps"):

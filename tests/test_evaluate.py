@@ -21,7 +21,7 @@ from console import run_script
 from decoding import read_image
 from inference import predict_probs
 from models import create_model
-from predict_emotion import load_model
+from predict_emotion import load_model, predict_images
 
 REPO = Path(__file__).resolve().parent.parent
 NAMES = ["angry", "happy", "sad"]
@@ -315,3 +315,29 @@ def test_output_folder_that_cannot_be_written(with_share, run, tmp_path):
     code, _, err = run(with_share, "--data-dir", with_share / "data", "--output-dir", tmp_path / "file")
     assert code == 2
     assert_one_line(err, str(tmp_path / "file"))
+
+
+@pytest.mark.parametrize("copies", [8, 9])
+def test_a_network_that_says_one_class_is_named(with_share, run, tmp_path, copies):
+    """One picture, of which there are copies, gets one answer: 8 of 10 predictions are no reason to warn, 9 are."""
+    pictures = sorted((with_share / "data" / "train").glob("*/*.png"))
+    model, names = load_model(with_share / "out" / BEST_NAME)
+    answers = [answer[0] for answer in predict_images(model, pictures, names)]
+    other = next(path for path, answer in zip(pictures, answers, strict=True) if answer != answers[0])
+    (tmp_path / "set" / "happy").mkdir(parents=True)
+    for number in range(10):
+        shutil.copy(pictures[0] if number < copies else other, tmp_path / "set" / "happy" / f"{number}.png")
+    code, out, err = run(with_share, "--data-dir", tmp_path / "set")
+    assert code == 0, err
+    assert (f"of the predictions are {answers[0]!r}" in out + err) == (copies == 9)
+
+
+def test_accuracy_without_training_pictures_is_told(with_val, measure, tmp_path):
+    """As training tells it; a picture of train/ in test/ is counted, others are measured without it."""
+    shutil.copytree(with_val / "data", tmp_path / "data")
+    assert "without_copies" not in measure(with_val, "--data-dir", tmp_path / "data")
+    shutil.copy(tmp_path / "data" / "train" / "sad" / "sad_000.png", tmp_path / "data" / "test" / "happy" / "copy.png")
+    metrics = measure(with_val, "--data-dir", tmp_path / "data")
+    labels, probs = probabilities(with_val, with_val / "data" / "test")
+    assert (metrics["count"], metrics["without_copies"]["count"]) == (len(labels) + 1, len(labels))
+    assert metrics["without_copies"]["accuracy"] == pytest.approx((probs.argmax(1) == labels).mean())

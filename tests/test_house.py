@@ -1,9 +1,10 @@
-"""What DESIGN asks of the files themselves: who imports whom, sizes, light imports, flags in the README."""
+"""The files themselves: who imports whom, sizes, light imports, the README's flags and tables."""
 
 import ast
 import re
 import subprocess
 import sys
+from itertools import takewhile
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ import export_emotion
 import predict_emotion
 import prepare_data
 import train_emotion_cnn
+from models import ARCHS, count_parameters, create_model, list_archs
 
 REPO = Path(__file__).resolve().parent.parent
 SCRIPTS = ["evaluate_emotion", "export_emotion", "predict_emotion", "prepare_data", "train_emotion_cnn"]
@@ -140,7 +142,7 @@ def help_texts(capsys):
     scripts = (train_emotion_cnn, evaluate_emotion, export_emotion, predict_emotion, prepare_data)
     mains = {script.__name__: script.main for script in scripts}
     lines = [(name, []) for name in mains] + [("prepare_data", ["sample"]), ("prepare_data", ["fer2013"]),
-             ("prepare_data", ["audit"])]
+             ("prepare_data", ["crop"]), ("prepare_data", ["audit"])]
     texts = {}
     for name, words in lines:
         with pytest.raises(SystemExit) as stop:
@@ -170,6 +172,47 @@ def test_readme_names_no_flag_that_is_not_there(capsys):
                 command = line.partition(f"{script}.py")[2].partition("#")[0]
                 wrong |= set(re.findall(FLAG, command)) - known
     assert wrong == set()
+
+
+@pytest.mark.parametrize("script", ["evaluate_emotion", "predict_emotion", "export_emotion", "prepare_data"])
+def test_readme_lists_the_flags_of_each_script(capsys, script):
+    readme = (REPO / "README.md").read_text(encoding="utf-8")
+    (listed,) = re.findall(rf"^`{script}\.py`: (.*?)\n\n", readme, re.MULTILINE | re.DOTALL)
+    texts = [text for command, text in help_texts(capsys).items() if command.split()[0] == script]
+    assert set(re.findall(FLAG, listed)) == set(re.findall(FLAG, " ".join(texts))) - {"--help"}
+
+
+def readme_table(second_cell):
+    """{first cell: the others} of the README's table that begins with `arch` and this cell."""
+    lines = (REPO / "README.md").read_text(encoding="utf-8").partition(f"| arch | {second_cell} |")[2].splitlines()[2:]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in takewhile(bool, lines)]
+    return {first.strip("`"): others for first, *others in rows}
+
+
+def test_networks_are_as_the_readme_says():
+    table = readme_table("what it is")
+    assert set(table) == set(list_archs())
+    for arch, (text, size, parameters) in table.items():
+        model, spec = create_model(arch, 7), ARCHS[arch].input_spec
+        dropouts = [f"dropout {p}" for p in dict.fromkeys(m.p for m in model.modules() if hasattr(m, "p"))]
+        assert (size, parameters) == (f"{spec.channels}x{spec.image_size}x{spec.image_size}",
+                                      f"{count_parameters(model):,}")  # fmt: skip
+        assert [words for words in re.findall(r"dropout [\d.]+\d", text) if words not in dropouts] == [], dropouts
+
+
+def test_recipes_are_as_the_readme_says():
+    table = readme_table("optimiser, learning rate")
+    assert set(table) == set(list_archs())
+    for arch, row in table.items():
+        recipe = ARCHS[arch].recipe
+        decay, ema = recipe.weight_decay, recipe.ema
+        optimiser = ", ".join([{"adam": "Adam", "adamw": "AdamW"}[recipe.optimizer],
+                               *([f"weight decay {decay}"] if decay else []), str(recipe.lr)])  # fmt: skip
+        loss = {"none": "cross-entropy", "balanced": "weighted by n / (classes * n_class)"}[recipe.class_weights]
+        if recipe.label_smoothing:
+            loss += f", label smoothing {recipe.label_smoothing}"
+        assert row == [optimiser + (f"; EMA {ema}" if ema else ""), recipe.schedule, str(recipe.batch_size),
+                       str(recipe.epochs), recipe.augment, loss]  # fmt: skip
 
 
 @pytest.mark.parametrize("page", ["README.md", "weights/README.md"])

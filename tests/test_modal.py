@@ -60,10 +60,9 @@ def test_function_trains_resumes_and_streams(example, tmp_path, monkeypatch, cap
 
 
 def test_the_image_gets_the_modules_and_nothing_else(example):
-    ignored = ~modal.FilePatternMatcher("*.py")
-    kept = {path.name for path in REPO.iterdir() if path.is_file() and not ignored(Path(path.name))}
+    kept = {path.name for path in REPO.iterdir() if path.is_file() and not example.IGNORED(Path(path.name))}
     assert kept == {path.name for path in REPO.glob("*.py")}
-    assert ignored(Path("tests/test_modal.py")) and ignored(Path("train/happy/drawing.png"))
+    assert example.IGNORED(Path("tests/test_modal.py")) and example.IGNORED(Path("train/happy/drawing.png"))
 
 
 class Folder:
@@ -134,23 +133,30 @@ def run_main(example, *args):
     return stop.value.code
 
 
-def test_main_passes_flags_on_and_brings_results_back(example, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(("gpu", "count"), [("T4", 1), ("H100:2", 2)])
+def test_main_trains_there_and_brings_results_back(example, tmp_path, monkeypatch, capsys, gpu, count):
+    """Two GPUs are two processes, which share the cores here."""
     monkeypatch.setattr(example, "volume", Folder(tmp_path / "volume"))
-    calls = []
+    monkeypatch.setattr(example, "VOLUME_DIR", tmp_path / "volume")
+    monkeypatch.setattr(example, "GPU", gpu)
+    local, calls = example.train.local, []
 
-    def train(data, run, gpus, flags):
+    def remote(data, run, gpus, flags):
         calls.append((data, gpus, flags))
-        (tmp_path / "volume" / "runs" / run).mkdir(parents=True)
-        (tmp_path / "volume" / "runs" / run / "metrics.json").write_text("{}")
-        return 0
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that a local call sees no volume
+            return local(data, run, gpus, flags)
 
-    monkeypatch.setattr(example, "train", SimpleNamespace(remote=train))
+    monkeypatch.setattr(example, "train", SimpleNamespace(remote=remote))
     draw_folder(tmp_path / "faces" / "train", COUNTS)
     folders = ("--data-dir", tmp_path / "faces", "--output-dir", tmp_path / "out")
-    assert run_main(example, *folders, "--epochs", "3", "--arch", "cnn4_bn") == 0
-    assert calls == [("faces", 1, ["--epochs", "3", "--arch", "cnn4_bn"])]
-    assert (tmp_path / "out" / "metrics.json").read_text() == "{}"
-    assert "24 pictures uploaded or removed" in capsys.readouterr().out
+    flags = ["--epochs", "1", "--arch", "cnn4_bn", "--batch-size", "8"]
+    assert run_main(example, *folders, *flags) == 0
+    assert calls == [("faces", count, flags)]
+    assert json.loads((tmp_path / "out" / "metrics.json").read_text())["split"] == "val"
+    assert read_checkpoint(tmp_path / "out" / FINAL_NAME)["epoch"] == 1
+    out = capsys.readouterr().out
+    assert "24 pictures uploaded or removed" in out and "epoch 1/1" in out and ("2 processes" in out) == (count == 2)
     assert run_main(example, "--data-dir", tmp_path / "nowhere") == 2
     assert "no folder" in capsys.readouterr().err
     assert run_main(example, *folders, f"--weights={tmp_path / 'best_emotion_model.pth'}") == 2

@@ -100,7 +100,7 @@ def values(prediction):
 # The import API
 
 
-def test_prediction_is_what_the_design_says(loaded, photo):
+def test_prediction_is_a_class_its_confidence_and_all_probabilities(loaded, photo):
     model, class_names = loaded
     assert class_names == NAMES and not model.training
     emotion, confidence, all_probs = predict_image(model, photo, class_names)
@@ -453,14 +453,16 @@ def test_a_sample_of_test_is_drawn(run, tmp_path, monkeypatch):
     draw_folder("test", {"angry": 8, "happy": 9, "sad": 7, "zeal": 2})  # a class that the network doesn't know
     code, out, _ = run()
     assert code == 0
-    right, total = map(int, re.search(r"(\d+) of (\d+) ", out).groups())
-    assert total == 20 and 0 <= right <= 20
+    assert re.search(r"\d+ of 20 ", out)
     with Image.open("prediction_samples.png") as image:
         image.load()
         assert min(image.size) > 400
-    draw_folder("other/test", {"happy": 2})
+    draw_folder("other/test", {"happy": 5})
+    model, names = load_model()
+    answers = predict_images(model, sorted(Path("other/test/happy").iterdir()), names)
+    right = sum(emotion == "happy" for emotion, _, _ in answers)
     code, out, _ = run("--data-dir", "other", "--output-dir", "drawn here")
-    assert code == 0 and " of 2 " in out
+    assert code == 0 and f"{right} of 5 " in out
     assert os.listdir("drawn here") == ["prediction_samples.png"]
 
 

@@ -12,10 +12,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import draw_folder, open_faceless, open_portrait
 from PIL import Image
 
 import prepare_data
 from console import run_script
+from decoding import read_whole
+from drawing import draw_sample_set
+from predict_emotion import BUNDLED, load_model, predict_faces, predict_image
 
 REPO = Path(__file__).resolve().parent.parent
 CLASSES = ["angry", "disgust", "fear", "happy", "sad", "surprise", "neutral"]  # in the order of the CSV's numbers
@@ -711,9 +715,57 @@ def test_sample(run, tmp_path):
     assert read_tree(tmp_path) == before
 
 
+def test_sample_depends_on_its_seed_alone(tmp_path):
+    for name, seed in (("one", 3), ("same", 3), ("other", 4)):
+        draw_sample_set(tmp_path / name, train_per_class=2, test_per_class=1, seed=seed)
+    one, same, other = (read_tree(tmp_path / name) for name in ("one", "same", "other"))
+    assert one == same and one.keys() == other.keys()
+    assert len({*one.values(), *other.values()}) == 2 * 7 * 3
+
+
 def test_sample_that_cannot_be_written(run, tmp_path):
     (tmp_path / "file").write_text("mine")
     for args in (["--output-dir", tmp_path / "file"], ["--output-dir", tmp_path / "new", "--seed", "-1"]):
         code, out, err = run("sample", *args)
         assert (code, out, err.count("\n")) == (2, "", 1)
         assert err.startswith("error: can't draw the sample set")
+
+
+# Photos to faces
+
+
+def test_photos_are_cropped_to_what_predictions_see(run, tmp_path):
+    pytest.importorskip("cv2", reason="needs OpenCV")
+    photos = draw_folder(tmp_path / "photos" / "train", {"sad": 1}, 48)  # a crop already
+    (photos / "happy").mkdir()
+    open_portrait().save(photos / "happy" / "photo.png")
+    open_portrait().convert("L").save(photos / "happy" / "photo.bmp")
+    open_faceless().save(photos / "happy" / "shirt.png")
+    (photos / "happy" / "broken.jpg").write_bytes(b"broken")
+    code, out, err = run("crop", tmp_path / "photos", "--output-dir", tmp_path / "faces")
+    assert code == 0 and out == "3 of 5 pictures cropped to their faces, 2 left out\n"
+    assert [line.startswith("left out: ") for line in err.splitlines()] == [True, True]
+    assert "broken.jpg" in err and "no face" in err and "shirt.png" in err
+    faces = tmp_path / "faces" / "train"
+    modes = {path.relative_to(faces).as_posix(): Image.open(path).mode for path in faces.glob("*/*")}
+    assert modes == {"happy/photo.png": "L", "happy/photo.png.png": "RGB", "sad/sad_000.png": "L"}
+    assert (read_whole(faces / "sad" / "sad_000.png") == read_whole(photos / "sad" / "sad_000.png")).all()
+    model, names = load_model(BUNDLED, "cpu")
+    (expected,) = predict_faces(model, photos / "happy" / "photo.png", names)
+    emotion, _, probs = predict_image(model, faces / "happy" / "photo.png.png", names)
+    assert emotion == expected["emotion"] and probs == pytest.approx(expected["probs"], abs=1e-3)
+
+
+def test_crop_refuses_in_one_line(run, tmp_path):
+    pytest.importorskip("cv2", reason="needs OpenCV")
+    (tmp_path / "photos").mkdir()
+    open_faceless().save(tmp_path / "photos" / "shirt.png")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine.txt").write_text("mine")
+    before = read_tree(tmp_path)
+    mistakes = [("nowhere", "new", "nowhere"), ("photos", "full", "full"), ("photos", "new", "no face"),
+                ("photos", "photos/new", "inside"), ("photos", "photos", "inside")]  # fmt: skip
+    for source, target, word in mistakes:
+        code, out, err = run("crop", tmp_path / source, "--output-dir", tmp_path / target)
+        assert (code, out) == (2, "") and err.splitlines()[-1].startswith("error: ") and word in err.splitlines()[-1]
+        assert read_tree(tmp_path) == before and not (tmp_path / "new").exists()

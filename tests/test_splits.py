@@ -268,6 +268,18 @@ def test_the_sample_set_is_named_as_such(tmp_path):
     assert load(tmp_path).trained_on == tmp_path.name
 
 
+def test_drawings_among_a_users_pictures_are_counted(tmp_path):
+    draw_folder(tmp_path / "train", {"happy": 6, "sad": 6}, 16)
+    draw_folder(tmp_path / "test", {"happy": 3, "sad": 3}, 16)
+    for part, count in (("train", 5), ("test", 6)):
+        for path in sorted((tmp_path / part).glob("*/*"))[:count]:
+            path.rename(path.with_name(f"drawing_{path.name}"))
+    splits = load_splits(tmp_path, GRAY)
+    (note,) = [note for note in splits.notes if "sample set" in note]  # none of test/, which is drawings alone
+    assert note.startswith("warning: 5 of 12 pictures in train/ are drawings") and "train/*/drawing_*" in note
+    assert splits.trained_on == tmp_path.name
+
+
 def test_notes_of_every_part_are_handed_on(tmp_path):
     for part in ("train", "val", "test"):
         root = draw_folder(tmp_path / part, {"angry": 2, "sad": 2}, 8)

@@ -1,6 +1,7 @@
 """Videos as input: rows with time stamps, an annotated copy, a timeline; clips are built from a portrait."""
 
 import csv
+import json
 import os
 import subprocess
 import sys
@@ -8,12 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import open_portrait
+from conftest import interrupt, open_portrait
 from PIL import Image
 from test_predict import write_checkpoint
 
 import predict_emotion
-import video
 from console import run_script
 from models import InputError
 from video import Video, VideoCopy, is_video
@@ -105,20 +105,15 @@ def test_pictures_and_videos_together(run, tmp_path):
     open_portrait().save(tmp_path / "photo.png")
     code, out, err = run(clip, tmp_path / "photo.png", "--output", tmp_path / "p.json")
     assert code == 0 and err.splitlines()[-1] == "1 picture, 1 video, 4 faces"
+    files = [Path(row["file"]).name for row in json.loads((tmp_path / "p.json").read_text())]
+    assert files == ["photo.png", *["clip.mp4"] * 3]
 
 
-def test_a_failure_in_the_middle_leaves_no_file(run, tmp_path, monkeypatch):
-    clip, draw, calls = write_clip(tmp_path / "clip.mp4"), video.draw_faces, []
-
-    def fail(*args, **options):
-        calls.append(1)
-        if len(calls) == 5:
-            raise KeyboardInterrupt
-        return draw(*args, **options)
-
-    monkeypatch.setattr(video, "draw_faces", fail)
+def test_ctrl_c_in_the_middle_leaves_no_file(model_path, tmp_path):
+    clip = write_clip(tmp_path / "clip.mp4")
     (tmp_path / "p.csv").write_text("earlier")
-    assert run(clip, "--annotate", tmp_path / "out", "--output", tmp_path / "p.csv")[0] == 130
+    words = [clip, "--checkpoint", model_path, "--annotate", tmp_path / "out", "--output", tmp_path / "p.csv"]
+    interrupt(predict_emotion.main, words, "draw_faces", call=5)
     assert list((tmp_path / "out").iterdir()) == [] and (tmp_path / "p.csv").read_text() == "earlier"
     assert {path.name for path in tmp_path.iterdir()} == {"clip.mp4", "out", "p.csv"}
 
