@@ -290,7 +290,7 @@ def load_initial_weights(model: nn.Module, path: str | Path, class_names: list[s
     """Starts `model` from one of our checkpoints of the same arch, or from a state_dict such as torchvision's.
 
     A state_dict may also stand in a dict under the names that other tools give it, its keys behind "module."; where the
-    keys are others than ours, tensors are taken in order, if their shapes agree.
+    keys are others than those of our scratch network, tensors are taken in order, if their shapes agree.
 
     A last layer of another size, or made for other classes than `class_names`, is left as it is. Returns one line
     that says what was loaded; raises InputError where the file is of another arch or does not fit.
@@ -343,11 +343,11 @@ def _load_matching(
     model: nn.Module, state_dict: dict[str, torch.Tensor], path: str | Path, *, keep_last: bool = True
 ) -> str:
     """Loads all of `state_dict`; the last layer is left as it is where the file's is another, by size or by meaning."""
-    own = model.state_dict()
-    state_dict = _rename(state_dict, own)
+    own, theirs = model.state_dict(), state_dict
     last = list(own)[-1].rpartition(".")[0]  # the layer that makes logits stands last in every network here
     replaced = {key: own[key] for key in own if key.startswith(last + ".")}
     try:
+        state_dict = _rename(theirs, own)
         if keep_last:
             replaced = {key: value for key, value in replaced.items() if value.shape != state_dict[key].shape}
         model.load_state_dict({**state_dict, **replaced})
@@ -356,7 +356,8 @@ def _load_matching(
     except (RuntimeError, KeyError, AttributeError) as error:
         reason = " ".join(str(error).split())[:300]
         raise InputError(f"--weights {path} doesn't fit --arch {model.arch}: {reason}") from None
+    how = "" if state_dict is theirs else ", in order, since their names are others"
     if replaced:
         there, here = (list(weights[last + ".weight"].shape) for weights in (state_dict, own))
-        return f"{path}: all weights loaded but the last layer's: other classes or size, {there} there and {here} here"
-    return f"{path}: all weights loaded"
+        how = f" but the last layer's{how}: other classes or size, {there} there and {here} here"
+    return f"{path}: all weights loaded{how}"

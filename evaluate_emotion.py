@@ -21,7 +21,7 @@ from data import FolderImages
 from engine import PRECISIONS, evaluate, pick_precision, to_log_probs
 from inference import open_model, prepare
 from models import InputError, printable
-from splits import Batches, find_copies, split_train_val
+from splits import Batches, find_copies, split_train_val, warn_of_copies
 
 
 def get_args_parser() -> ArgumentParser:
@@ -62,7 +62,11 @@ def load_split(
     if os.path.isdir(root / args.split):
         data, name = FolderImages(root / args.split, model.input_spec, **options), args.split
         if args.split != "train" and os.path.isdir(root / "train"):
-            copies = find_copies(FolderImages(root / "train", model.input_spec, cache_dir=args.cache_dir), data)
+            try:
+                copies = find_copies(FolderImages(root / "train", model.input_spec, cache_dir=args.cache_dir), data)
+                data.notes += warn_of_copies(data, copies, "train")
+            except InputError as error:  # of train/, which is not what is measured
+                data.notes.append(f"copies of training pictures were not looked for: {error}")
     elif any(os.path.isdir(root / other) for other in ("train", "val", "test")):
         raise InputError(f"no folder {root / args.split}; choose another --split")
     else:

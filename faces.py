@@ -16,6 +16,7 @@ from decoding import read_whole
 from models import InputError
 
 LONGEST = 1280  # pixels; larger pictures are searched on a copy of this longer side
+CROP_SIZE = 100  # pixels; a picture of no longer side is taken for the crop of a face
 SMALLEST = 30  # pixels of the box, in what is searched; the cascade was trained on 20
 MARGIN = {"haar": 0.02, "yunet": 0.0}  # on each side; benchmarks.faces measures the cascade's, YuNet's is a guess
 CASCADE = "haarcascade_frontalface_alt2.xml"
@@ -140,3 +141,17 @@ def crop_face(image, face: Face, margin: float | None = None) -> np.ndarray:
     rows = np.arange(top, top + side).clip(0, pixels.shape[0] - 1)
     columns = np.arange(left, left + side).clip(0, pixels.shape[1] - 1)
     return pixels[rows[:, None], columns]
+
+
+def crop_largest(path: str | Path) -> np.ndarray:
+    """What predictions see of a photo: its largest face, uint8 (S, S, 3); all of it where it has at most 100 pixels.
+
+    Raises InputError where there is no face and where the file can't be read.
+    """
+    pixels = read_whole(path)
+    if max(pixels.shape[:2]) <= CROP_SIZE:
+        return pixels
+    found = find_faces(pixels)
+    if not found:
+        raise InputError(f"no face is found in {path}")
+    return crop_face(pixels, found[0])

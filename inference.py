@@ -19,10 +19,9 @@ from data import SAMPLE_SET
 from decoding import in_chunks, read_image, read_whole, to_input
 from engine import memory_format, pick_device
 from exporting import is_exported, read_exported
-from faces import Face, crop_face, find_faces, opencv_problem
+from faces import CROP_SIZE, Face, crop_face, find_faces, opencv_problem
 from models import InputError, InputSpec, printable
 
-CROP_SIZE = 100  # pixels; a picture of no longer side is taken for the crop of a face
 BUNDLED = Path(__file__).resolve().parent / "weights" / "emotion_model.pth"
 
 Prediction = tuple[str, float, dict[str, float]]

@@ -147,7 +147,8 @@ def print_info(info: dict, model: nn.Module) -> None:
     print(f"input: {spec.image_size} x {spec.image_size} {colour}, mean {spec.mean}, std {spec.std}")
     epochs = f"epoch {info['epoch']} of {printable(config.get('epochs', '?'))}"
     print(f"trained on: {printable(model.trained_on)}, {epochs}, temperature {model.temperature:g}")
-    print("metrics: " + ", ".join(f"{key} {value:.4f}" for key, value in metrics.items()))
+    shown = (f"{value:.4f}" if isinstance(value, float) else f"{value:,}" for value in metrics.values())
+    print("metrics: " + ", ".join(map(" ".join, zip(metrics, shown, strict=True))))
     print("settings: " + ", ".join(f"{key} {printable(value)}" for key, value in config.items() if value is not None))
 
 

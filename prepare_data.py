@@ -36,9 +36,7 @@ from tqdm import tqdm
 from checkpoints import replace_file
 from console import ArgumentParser, make_output_dir, run_script
 from data import EXTENSIONS, walk_pictures
-from decoding import read_whole
-from faces import crop_face, find_faces
-from inference import CROP_SIZE
+from faces import crop_largest, find_faces
 from models import InputError, printable
 
 CSV_CLASSES = {"0": "angry", "1": "disgust", "2": "fear", "3": "happy", "4": "sad", "5": "surprise", "6": "neutral"}
@@ -295,28 +293,17 @@ def draw_sample(output_dir: Path, seed: int) -> None:
         print(f"{printable(folder)}: {len(list(folder.glob('*/*')))} pictures, {len(list(folder.iterdir()))} classes")
 
 
-def crop_largest(path: Path) -> np.ndarray:
-    """What predictions see of a photo: its largest face, uint8 (S, S, 3); all of it where it has at most 100 pixels.
-
-    Raises InputError where there is no face and where the file can't be read.
-    """
-    pixels = read_whole(path)
-    if max(pixels.shape[:2]) <= CROP_SIZE:
-        return pixels
-    found = find_faces(pixels)
-    if not found:
-        raise InputError(f"no face is found in {path}")
-    return crop_face(pixels, found[0])
-
-
 def crop_photos(source: Path, target: Path) -> None:
-    """Writes `crop_largest` of every photo below `source` to the same place in `target`, as PNG.
+    """Writes the largest face of every photo below `source` to the same place in `target`, as PNG.
 
     Names and leaves out what has no face or can't be read; InputError where nothing is left or OpenCV is missing.
     """
-    if source.resolve() in (target.resolve(), *target.resolve().parents):
+    places = [os.path.realpath(folder) + os.sep for folder in (source, target)]
+    if places[1].startswith(places[0]):
         raise InputError(f"--output-dir {target} is inside of {source}; choose another folder")
-    pictures, kept = [Path(entry.path) for entry in walk_pictures(source)], 0
+    pictures, kept = [Path(entry.path) for entry in walk_pictures(source)], []
+    if not pictures:
+        raise InputError(f"{source} holds no pictures; name the folder of your photos")
     find_faces(np.zeros((32, 32), np.uint8))  # so that a missing OpenCV shows once, and first
     try:
         check_new(target)
@@ -327,17 +314,20 @@ def crop_photos(source: Path, target: Path) -> None:
                 except InputError as error:
                     tqdm.write(f"left out: {error}", file=sys.stderr)
                     continue
-                place = partial / path.relative_to(source).with_suffix(".png")
+                place, number = partial / path.relative_to(source).with_suffix(".png"), 1
                 place.parent.mkdir(parents=True, exist_ok=True)
-                if place.exists():  # of another ending
-                    place = place.with_name(f"{path.name}.png")
+                while place.exists():  # of another ending
+                    number += 1
+                    place = place.with_name(f"{path.stem}-{number}.png")
                 Image.fromarray(face[..., 0] if (face == face[..., :1]).all() else face).save(place)  # gray stays gray
-                kept += 1
-            if kept == 0:
-                raise InputError(f"there is no face in {source}: {len(pictures):,} pictures were looked at")
+                kept.append(path)
+            if not kept:
+                raise InputError(f"none of the {len(pictures):,} pictures in {source} shows a face that is found")
     except OSError as error:
         raise InputError(f"can't crop {source} into {target}: {error}") from error
-    print(f"{kept:,} of {len(pictures):,} pictures cropped to their faces, {len(pictures) - kept:,} left out")
+    for folder in sorted({path.parent for path in pictures} - {path.parent for path in kept}):
+        print(f"warning: no picture in {printable(folder)} shows a face that is found", file=sys.stderr)
+    print(f"{len(kept):,} faces of {len(pictures):,} pictures written, {len(pictures) - len(kept):,} left out")
 
 
 def audit_folder(folder: Path, output_dir: Path) -> None:

@@ -162,6 +162,7 @@ def load_splits(
         train_rows, val_rows = split_train_val(train.labels, train.digests, val_fraction, seed)
     if len(val_rows) == 0 or len(train_rows) < 2:
         raise InputError(f"{len(train)} pictures in {root / 'train'} are too few to train and validate on")
+    is_sample = is_sample_set(train.paths)
     parts = ((train, train_rows), (val or train, val_rows))
     copies = {"val": find_copies(train, val), "test": find_copies(train, test)}
     return Splits(
@@ -170,10 +171,11 @@ def load_splits(
         test=Batches(test, np.arange(len(test)), device) if test else None,
         class_names=train.class_names,
         spec=spec,
-        trained_on=SAMPLE_SET if is_sample_set(train.paths) else printable(root.resolve().name),
+        trained_on=SAMPLE_SET if is_sample else printable(root.resolve().name),
         split_hash=hash_split(*(([data.digests[row] for row in rows], data.labels[rows]) for data, rows in parts)),
         where_val="val/" if val else f"{100 * val_fraction:g}% of train/",
-        notes=[note for part in (train, val, test) if part for note in part.notes + warn_of_drawings(part)]
+        notes=[note for part in (train, val, test) if part for note in part.notes]
+        + ([] if is_sample else [note for part in (train, val, test) if part for note in warn_of_drawings(part)])
         + warn_of_copies(val, copies["val"], "train")
         + warn_of_copies(test, copies["test"], "train")
         + (warn_of_copies(test, find_copies(val, test), "val") if val else []),
@@ -199,11 +201,10 @@ def _digests_of(data: FolderImages, channels: int) -> list[str]:
 
 def warn_of_drawings(part: FolderImages) -> list[str]:
     count = sum(is_sample_set([path]) for path in part.paths)
-    if count in (0, len(part)):
+    if count == 0:
         return []
-    where = printable(part.folder.name)
-    return [f"warning: {count:,} of {len(part):,} pictures in {where}/ are drawings of the sample set; delete "
-            f"{where}/*/{SAMPLE_PREFIX}* to train on your own alone"]  # fmt: skip
+    return [f"warning: {count:,} of {len(part):,} pictures in {printable(part.folder)} are drawings of the sample set "
+            f"({SAMPLE_PREFIX}*); move them elsewhere, or your own into a folder of their own"]  # fmt: skip
 
 
 def warn_of_copies(part: FolderImages | None, copies: np.ndarray | None, other: str) -> list[str]:

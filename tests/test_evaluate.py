@@ -13,6 +13,7 @@ import pytest
 import torch
 from conftest import draw_folder
 from PIL import Image
+from test_predict import write_checkpoint
 
 import evaluate_emotion
 import train_emotion_cnn
@@ -318,16 +319,17 @@ def test_output_folder_that_cannot_be_written(with_share, run, tmp_path):
 
 
 @pytest.mark.parametrize("copies", [8, 9])
-def test_a_network_that_says_one_class_is_named(with_share, run, tmp_path, copies):
+def test_a_network_that_says_one_class_is_named(run, tmp_path, copies):
     """One picture, of which there are copies, gets one answer: 8 of 10 predictions are no reason to warn, 9 are."""
-    pictures = sorted((with_share / "data" / "train").glob("*/*.png"))
-    model, names = load_model(with_share / "out" / BEST_NAME)
+    pictures = sorted(draw_folder(tmp_path / "drawn", {"happy": 20}).glob("*/*.png"))
+    (tmp_path / "out").mkdir()
+    model, names = load_model(write_checkpoint(tmp_path / "out" / BEST_NAME))
     answers = [answer[0] for answer in predict_images(model, pictures, names)]
     other = next(path for path, answer in zip(pictures, answers, strict=True) if answer != answers[0])
     (tmp_path / "set" / "happy").mkdir(parents=True)
     for number in range(10):
         shutil.copy(pictures[0] if number < copies else other, tmp_path / "set" / "happy" / f"{number}.png")
-    code, out, err = run(with_share, "--data-dir", tmp_path / "set")
+    code, out, err = run(tmp_path, "--data-dir", tmp_path / "set")
     assert code == 0, err
     assert (f"of the predictions are {answers[0]!r}" in out + err) == (copies == 9)
 
@@ -341,3 +343,15 @@ def test_accuracy_without_training_pictures_is_told(with_val, measure, tmp_path)
     labels, probs = probabilities(with_val, with_val / "data" / "test")
     assert (metrics["count"], metrics["without_copies"]["count"]) == (len(labels) + 1, len(labels))
     assert metrics["without_copies"]["accuracy"] == pytest.approx((probs.argmax(1) == labels).mean())
+
+
+def test_leaks_of_every_size_are_told(with_val, run, tmp_path):
+    """All of test/ in train/; and a train/ that can't be read, which is no reason not to measure test/."""
+    shutil.copytree(with_val / "data" / "train", tmp_path / "data" / "train")
+    shutil.copytree(tmp_path / "data" / "train", tmp_path / "data" / "test")
+    code, out, err = run(with_val, "--data-dir", tmp_path / "data")
+    assert code == 0 and "31 of 31 pictures in test/ stand in train/ too" in out, err
+    shutil.rmtree(tmp_path / "data" / "train")
+    (tmp_path / "data" / "train" / "happy").mkdir(parents=True)
+    code, out, err = run(with_val, "--data-dir", tmp_path / "data")
+    assert code == 0 and "copies of training pictures were not looked for" in out and "Accuracy" in out, err

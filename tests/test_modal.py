@@ -150,7 +150,7 @@ def test_main_trains_there_and_brings_results_back(example, tmp_path, monkeypatc
     monkeypatch.setattr(example, "train", SimpleNamespace(remote=remote))
     draw_folder(tmp_path / "faces" / "train", COUNTS)
     folders = ("--data-dir", tmp_path / "faces", "--output-dir", tmp_path / "out")
-    flags = ["--epochs", "1", "--arch", "cnn4_bn", "--batch-size", "8"]
+    flags = ["--epochs", "1", "--arch", "cnn4_bn", "--batch-size", "8", "--device", "cpu"]
     assert run_main(example, *folders, *flags) == 0
     assert calls == [("faces", count, flags)]
     assert json.loads((tmp_path / "out" / "metrics.json").read_text())["split"] == "val"

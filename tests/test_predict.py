@@ -458,7 +458,7 @@ def test_a_sample_of_test_is_drawn(run, tmp_path, monkeypatch):
         image.load()
         assert min(image.size) > 400
     draw_folder("other/test", {"happy": 5})
-    model, names = load_model()
+    model, names = load_model(tmp_path / "model.pth")
     answers = predict_images(model, sorted(Path("other/test/happy").iterdir()), names)
     right = sum(emotion == "happy" for emotion, _, _ in answers)
     code, out, _ = run("--data-dir", "other", "--output-dir", "drawn here")

@@ -741,18 +741,21 @@ def test_photos_are_cropped_to_what_predictions_see(run, tmp_path):
     open_portrait().save(photos / "happy" / "photo.png")
     open_portrait().convert("L").save(photos / "happy" / "photo.bmp")
     open_faceless().save(photos / "happy" / "shirt.png")
+    (photos / "angry").mkdir()
+    open_faceless().save(photos / "angry" / "shirt.jpg")
     (photos / "happy" / "broken.jpg").write_bytes(b"broken")
     code, out, err = run("crop", tmp_path / "photos", "--output-dir", tmp_path / "faces")
-    assert code == 0 and out == "3 of 5 pictures cropped to their faces, 2 left out\n"
-    assert [line.startswith("left out: ") for line in err.splitlines()] == [True, True]
+    assert code == 0 and out == "3 faces of 6 pictures written, 3 left out\n"
+    assert [line.partition(": ")[0] for line in err.splitlines()] == ["left out"] * 3 + ["warning"]
+    assert str(photos / "angry") in err.splitlines()[-1]
     assert "broken.jpg" in err and "no face" in err and "shirt.png" in err
     faces = tmp_path / "faces" / "train"
     modes = {path.relative_to(faces).as_posix(): Image.open(path).mode for path in faces.glob("*/*")}
-    assert modes == {"happy/photo.png": "L", "happy/photo.png.png": "RGB", "sad/sad_000.png": "L"}
+    assert modes == {"happy/photo.png": "L", "happy/photo-2.png": "RGB", "sad/sad_000.png": "L"}
     assert (read_whole(faces / "sad" / "sad_000.png") == read_whole(photos / "sad" / "sad_000.png")).all()
     model, names = load_model(BUNDLED, "cpu")
     (expected,) = predict_faces(model, photos / "happy" / "photo.png", names)
-    emotion, _, probs = predict_image(model, faces / "happy" / "photo.png.png", names)
+    emotion, _, probs = predict_image(model, faces / "happy" / "photo-2.png", names)
     assert emotion == expected["emotion"] and probs == pytest.approx(expected["probs"], abs=1e-3)
 
 
@@ -763,7 +766,9 @@ def test_crop_refuses_in_one_line(run, tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine.txt").write_text("mine")
     before = read_tree(tmp_path)
-    mistakes = [("nowhere", "new", "nowhere"), ("photos", "full", "full"), ("photos", "new", "no face"),
+    (tmp_path / "empty").mkdir()
+    mistakes = [("nowhere", "new", "nowhere"), ("empty", "new", "holds no pictures"),
+                ("photos", "full", "full"), ("photos", "new", "shows a face"),
                 ("photos", "photos/new", "inside"), ("photos", "photos", "inside")]  # fmt: skip
     for source, target, word in mistakes:
         code, out, err = run("crop", tmp_path / source, "--output-dir", tmp_path / target)

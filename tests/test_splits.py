@@ -274,9 +274,12 @@ def test_drawings_among_a_users_pictures_are_counted(tmp_path):
     for part, count in (("train", 5), ("test", 6)):
         for path in sorted((tmp_path / part).glob("*/*"))[:count]:
             path.rename(path.with_name(f"drawing_{path.name}"))
-    splits = load_splits(tmp_path, GRAY)
-    (note,) = [note for note in splits.notes if "sample set" in note]  # none of test/, which is drawings alone
-    assert note.startswith("warning: 5 of 12 pictures in train/ are drawings") and "train/*/drawing_*" in note
+    splits = load(tmp_path)
+    notes = [note for note in splits.notes if "sample set" in note]
+    assert [note.partition(" (")[0] for note in notes] == [
+        f"warning: 5 of 12 pictures in {tmp_path / 'train'} are drawings of the sample set",
+        f"warning: 6 of 6 pictures in {tmp_path / 'test'} are drawings of the sample set",
+    ]
     assert splits.trained_on == tmp_path.name
 
 

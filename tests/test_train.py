@@ -233,7 +233,10 @@ def test_best_is_chosen_on_validation(default_run):
     expected = max(rows, key=lambda row: (row["val_acc"], -row["val_loss"]))
     best = load(folder / BEST_NAME)
     assert best["epoch"] == expected["epoch"]
-    assert best["metrics"] == {key: expected[key] for key in ("val_loss", "val_acc", "train_loss", "train_acc")}
+    selected = {key: expected[key] for key in ("val_loss", "val_acc", "train_loss", "train_acc")}
+    metrics = read_metrics(folder)
+    tested = {f"test_{key}": metrics[key] for key in ("accuracy", "macro_f1", "count")}
+    assert best["metrics"] == selected | tested and tested["test_count"] == 15
 
 
 def test_metrics_json(default_run):
@@ -252,7 +255,8 @@ def test_metrics_json(default_run):
     assert list(metrics["per_class"]) == metrics["class_names"] == ["angry", "happy", "sad"]
     assert [row["support"] for row in metrics["per_class"].values()] == [6, 5, 4]
     assert [row["recall"] for row in metrics["per_class"].values()] == pytest.approx(recall.tolist())
-    assert (metrics["val"], metrics["epoch"]) == (best["metrics"], best["epoch"])
+    selected = {key: value for key, value in best["metrics"].items() if not key.startswith("test_")}
+    assert (metrics["val"], metrics["epoch"]) == (selected, best["epoch"])
 
 
 def test_accuracy_is_what_prediction_gives(default_run):
@@ -396,7 +400,9 @@ def test_test_pictures_play_no_part_in_training(data, train, tmp_path):
         draw_picture(10_000 + number).save(path)
     right = train(data, tmp_path / "b", "--epochs", 3)
     assert differing(left, right) == set()
-    assert differing(load(tmp_path / "a" / BEST_NAME), load(tmp_path / "b" / BEST_NAME)) == set()
+    best = [load(tmp_path / name / BEST_NAME) for name in ("a", "b")]
+    assert differing(*best) <= {"metrics"}  # of test/
+    assert read_metrics(tmp_path / "a")["val"] == read_metrics(tmp_path / "b")["val"]
     assert read_metrics(tmp_path / "a")["loss"] != read_metrics(tmp_path / "b")["loss"]
 
 
