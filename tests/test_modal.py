@@ -133,12 +133,11 @@ def run_main(example, *args):
     return stop.value.code
 
 
-@pytest.mark.parametrize(("gpu", "count"), [("T4", 1), ("H100:2", 2)])
-def test_main_trains_there_and_brings_results_back(example, tmp_path, monkeypatch, capsys, gpu, count):
+def test_main_trains_there_and_brings_results_back(example, tmp_path, monkeypatch, capsys):
     """Two GPUs are two processes, which share the cores here."""
     monkeypatch.setattr(example, "volume", Folder(tmp_path / "volume"))
     monkeypatch.setattr(example, "VOLUME_DIR", tmp_path / "volume")
-    monkeypatch.setattr(example, "GPU", gpu)
+    monkeypatch.setattr(example, "GPU", "H100:2")
     local, calls = example.train.local, []
 
     def remote(data, run, gpus, flags):
@@ -152,11 +151,11 @@ def test_main_trains_there_and_brings_results_back(example, tmp_path, monkeypatc
     folders = ("--data-dir", tmp_path / "faces", "--output-dir", tmp_path / "out")
     flags = ["--epochs", "1", "--arch", "cnn4_bn", "--batch-size", "8", "--device", "cpu"]
     assert run_main(example, *folders, *flags) == 0
-    assert calls == [("faces", count, flags)]
+    assert calls == [("faces", 2, flags)]
     assert json.loads((tmp_path / "out" / "metrics.json").read_text())["split"] == "val"
     assert read_checkpoint(tmp_path / "out" / FINAL_NAME)["epoch"] == 1
     out = capsys.readouterr().out
-    assert "24 pictures uploaded or removed" in out and "epoch 1/1" in out and ("2 processes" in out) == (count == 2)
+    assert "24 pictures uploaded or removed" in out and "epoch 1/1" in out and "2 processes" in out
     assert run_main(example, "--data-dir", tmp_path / "nowhere") == 2
     assert "no folder" in capsys.readouterr().err
     assert run_main(example, *folders, f"--weights={tmp_path / 'best_emotion_model.pth'}") == 2
