@@ -227,6 +227,21 @@ def _describe_balance(counts: dict[str, dict[str, int]]) -> list[str]:
     return lines
 
 
+def _others_first(labels: list[str]) -> list[int]:
+    """Positions, such that one of every label comes before the second of any."""
+    seen, ranks = Counter(), []
+    for label in labels:
+        ranks.append(seen[label])
+        seen[label] += 1
+    return sorted(range(len(labels)), key=ranks.__getitem__)
+
+
+def _name_files(group: dict, most: int = 4) -> str:
+    files = [group["files"][number] for number in _others_first(group["labels"])]
+    sign = {"identical": " = ", "near": " ~ "}[group["kind"]]
+    return sign.join(files[:most]) + f"{sign}..." * (len(files) > most)
+
+
 def format_audit(found: dict, most: int = 20) -> str:
     """The report as text; of long lists the first `most`."""
     def listed(items: list[str]) -> list[str]:
@@ -253,7 +268,7 @@ def format_audit(found: dict, most: int = 20) -> str:
     across = [group for group in groups if len(group["splits"]) > 1]
     for name, own in (("across splits", across), ("under more than one label", conflicts)):
         lines.append(f"groups {name}: {len(own):,}")
-        lines += listed([" = ".join(group["files"][:4]) + " ..." * (len(group["files"]) > 4) for group in own])
+        lines += listed([_name_files(group) for group in own])
     return "\n".join(lines) + "\n"
 
 
@@ -263,12 +278,8 @@ def draw_groups(found: dict, path: Path, *, rows: int = 12, columns: int = 6) ->
 
     chosen = []
     for group in found["groups"][:rows]:
-        names, seen = [printable(label) for label in group["labels"]], Counter()
-        ranks = []
-        for name in names:
-            ranks.append(seen[name])
-            seen[name] += 1
-        best = sorted(range(len(names)), key=ranks.__getitem__)[:columns]
+        names = [printable(label) for label in group["labels"]]
+        best = _others_first(names)[:columns]
         pictures = [read_image(group["files"][number], InputSpec(image_size=96))[0] for number in best]
         chosen.append(list(zip(pictures, [names[number] for number in best], strict=True)))
     plot_rows(chosen, path, title=f"The worst groups of copies in {printable(Path(found['folder']).resolve().name)}")

@@ -96,8 +96,8 @@ def list_pictures(folder: str | Path, class_names: list[str]) -> list[Picture]:
     found = find_classes(folder)
     if not set(found) <= set(class_names):
         raise InputError(
-            f"classes differ: {folder} has {found}, but the network knows "
-            f"{class_names}; another network is needed, or {sorted(set(found) - set(class_names))} renamed"
+            f"classes differ: {folder} has {found}, but train/ or the network "
+            f"{class_names}; rename {sorted(set(found) - set(class_names))}, or train a network that knows them"
         )
     pictures = []
     for name in found:

@@ -68,7 +68,8 @@ def load_split(
             except InputError as error:  # of train/, which is not what is measured
                 data.notes.append(f"copies of training pictures were not looked for: {error}")
     elif any(os.path.isdir(root / other) for other in ("train", "val", "test")):
-        raise InputError(f"no folder {root / args.split}; choose another --split")
+        there = " or ".join(other for other in ("test", "val", "train") if os.path.isdir(root / other))
+        raise InputError(f"no folder {root / args.split}; pass --split {there}")
     else:
         data, name = FolderImages(root, model.input_spec, **options), printable(root.resolve().name)
     return data, np.arange(len(data)), name, copies

@@ -105,6 +105,8 @@ def _search_cascade(cv2, pixels: np.ndarray, least: int) -> list[tuple[np.ndarra
 
 
 def _search_yunet(cv2, pixels: np.ndarray, least: int, path: str) -> list[tuple[np.ndarray, float]]:
+    if not os.path.isfile(path):
+        raise InputError(f"no file {path}, which should be YuNet's .onnx file")
     detectors = _local.__dict__.setdefault("yunet", {})
     try:
         if path not in detectors:
@@ -143,15 +145,15 @@ def crop_face(image, face: Face, margin: float | None = None) -> np.ndarray:
     return pixels[rows[:, None], columns]
 
 
-def crop_largest(path: str | Path) -> np.ndarray:
+def crop_largest(path: str | Path, min_size: int | None = None) -> np.ndarray:
     """What predictions see of a photo: its largest face, uint8 (S, S, 3); all of it where it has at most 100 pixels.
 
-    Raises InputError where there is no face and where the file can't be read.
+    `min_size` as for find_faces. Raises InputError where there is no face and where the file can't be read.
     """
     pixels = read_whole(path)
     if max(pixels.shape[:2]) <= CROP_SIZE:
         return pixels
-    found = find_faces(pixels)
+    found = find_faces(pixels, min_size=min_size)
     if not found:
-        raise InputError(f"no face is found in {path}")
+        raise InputError(f"no upright face of {min_size or SMALLEST} pixels or more is found in {path}")
     return crop_face(pixels, found[0])

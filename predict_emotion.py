@@ -301,7 +301,10 @@ def draw_samples(model: nn.Module, class_names: list[str], args: argparse.Namesp
     if not os.path.isdir(folder):
         raise InputError(f"no picture was named, and there is no {folder} to sample; name a picture")
     rng = np.random.default_rng(0)
-    by_class = [[(entry.path, name) for entry in walk_pictures(folder / name)] for name in find_classes(folder)]
+    known = [name for name in find_classes(folder) if name in class_names]
+    if not known:
+        raise InputError(f"{folder} has none of the classes that the network knows, {class_names}; pass --data-dir")
+    by_class = [[(entry.path, name) for entry in walk_pictures(folder / name)] for name in known]
     shuffled = [[pictures[index] for index in rng.permutation(len(pictures))] for pictures in by_class]
     turns = [pictures[turn] for turn in range(SAMPLES) for pictures in shuffled if turn < len(pictures)]
     samples, names = [], dict(turns[:SAMPLES])
@@ -314,7 +317,7 @@ def draw_samples(model: nn.Module, class_names: list[str], args: argparse.Namesp
     if not samples:
         raise InputError(f"no picture in {folder} can be read")
     right = sum(true == emotion for _, true, emotion, _ in samples)
-    title = f"{right} of {len(samples)} test pictures right ({model.arch})"
+    title = f"{right} of {len(samples)} pictures of {printable(folder)} right ({model.arch})"
     target = make_output_dir(args.output_dir) / "prediction_samples.png"
     replace_file(target, lambda path: reports.plot_samples(samples, path, title=title))
     print(f"{title}; drawn to {printable(target)}")

@@ -36,7 +36,7 @@ from tqdm import tqdm
 from checkpoints import replace_file
 from console import ArgumentParser, make_output_dir, run_script
 from data import EXTENSIONS, walk_pictures
-from faces import crop_largest, find_faces
+from faces import SMALLEST, crop_largest, find_faces
 from models import InputError, printable
 
 CSV_CLASSES = {"0": "angry", "1": "disgust", "2": "fear", "3": "happy", "4": "sad", "5": "surprise", "6": "neutral"}
@@ -293,7 +293,7 @@ def draw_sample(output_dir: Path, seed: int) -> None:
         print(f"{printable(folder)}: {len(list(folder.glob('*/*')))} pictures, {len(list(folder.iterdir()))} classes")
 
 
-def crop_photos(source: Path, target: Path) -> None:
+def crop_photos(source: Path, target: Path, min_size: int | None = None) -> None:
     """Writes the largest face of every photo below `source` to the same place in `target`, as PNG.
 
     Names and leaves out what has no face or can't be read; InputError where nothing is left or OpenCV is missing.
@@ -301,16 +301,18 @@ def crop_photos(source: Path, target: Path) -> None:
     places = [os.path.realpath(folder) + os.sep for folder in (source, target)]
     if places[1].startswith(places[0]):
         raise InputError(f"--output-dir {target} is inside of {source}; choose another folder")
+    if source.is_file():
+        raise InputError(f"{source} is a file; name the folder of your photos")
     pictures, kept = [Path(entry.path) for entry in walk_pictures(source)], []
     if not pictures:
         raise InputError(f"{source} holds no pictures; name the folder of your photos")
-    find_faces(np.zeros((32, 32), np.uint8))  # so that a missing OpenCV shows once, and first
+    find_faces(np.zeros((32, 32), np.uint8), min_size=min_size)  # so that a missing OpenCV shows once, and first
     try:
         check_new(target)
         with fill(target) as partial:
             for path in tqdm(pictures, unit="picture", leave=False, disable=None):
                 try:
-                    face = crop_largest(path)
+                    face = crop_largest(path, min_size)
                 except InputError as error:
                     tqdm.write(f"left out: {error}", file=sys.stderr)
                     continue
@@ -364,6 +366,7 @@ def get_args_parser() -> ArgumentParser:
     crop = commands.add_parser("crop", help="cut the largest face out of every photo")
     crop.add_argument("folder", type=Path, metavar="FOLDER", help="holds photos, in folders of any depth")
     crop.add_argument("--output-dir", type=Path, required=True, help="new folder for the faces")
+    crop.add_argument("--min-face", type=int, metavar="PIXELS", help=f"the smallest face (default: {SMALLEST})")
     check = commands.add_parser("audit", help="look for what is wrong in a folder of pictures")
     check.add_argument("folder", type=Path, metavar="FOLDER", help="holds train/, val/, test/, or class folders")
     check.add_argument("--output-dir", type=Path, default="audit", help="for its files (default: audit)")
@@ -375,7 +378,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.command == "sample":
         draw_sample(args.output_dir, args.seed)
     elif args.command == "crop":
-        crop_photos(args.folder, args.output_dir)
+        crop_photos(args.folder, args.output_dir, args.min_face)
     elif args.command == "audit":
         audit_folder(args.folder, args.output_dir)
     elif args.download == (args.source is not None):

@@ -23,6 +23,7 @@ import reports
 from augment import parse_augment
 from checkpoints import BEST_NAME, FINAL_NAME, PATHS, build_model, read_checkpoint, replace_file, save_checkpoint
 from console import ArgumentParser, make_output_dir, run_script
+from data import SAMPLE_SET
 from distributed import Group, is_loss_of_others, join, leave, when_terminated
 from engine import (
     OPTIMIZERS,
@@ -244,7 +245,8 @@ def report(run: Run) -> None:
         print(warning)
     written = ", ".join((BEST_NAME, FINAL_NAME, *files))
     print(f"In {printable(run.output_dir.resolve())}: {written}")
-    print(f'Next: python predict_emotion.py photo.jpg --checkpoint "{printable(path)}"')
+    photo = "" if splits.trained_on == SAMPLE_SET else "photo.jpg "
+    print(f'Next: python predict_emotion.py {photo}--checkpoint "{printable(path)}"')
 
 
 def make_writer(folder: str | None):

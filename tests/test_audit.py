@@ -145,3 +145,13 @@ def test_output_folder_is_no_class(tmp_path, capsys):
     draw_folder(tmp_path / "faces", {"happy": 2, "sad": 2})
     code, _, err = run(capsys, tmp_path / "faces", "--output-dir", tmp_path / "faces" / "audit")
     assert code == 2 and "--output-dir" in err and not (tmp_path / "faces" / "audit").exists()
+
+
+def test_groups_show_the_other_label_among_the_first_files(tmp_path):
+    draw_folder(tmp_path / "train", {"angry": 1, "sad": 3})
+    source = tmp_path / "train" / "angry" / "angry_000.png"
+    for number in range(5):
+        shutil.copy(source, source.with_name(f"copy{number}.png"))
+    shutil.copy(source, tmp_path / "train" / "sad" / "copy.png")
+    (line,) = [line for line in format_audit(audit(tmp_path)).splitlines() if " = " in line]
+    assert str(tmp_path / "train" / "sad" / "copy.png") in line and line.endswith(" = ...") and line.count("angry") > 2

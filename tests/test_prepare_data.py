@@ -748,7 +748,7 @@ def test_photos_are_cropped_to_what_predictions_see(run, tmp_path):
     assert code == 0 and out == "3 faces of 6 pictures written, 3 left out\n"
     assert [line.partition(": ")[0] for line in err.splitlines()] == ["left out"] * 3 + ["warning"]
     assert str(photos / "angry") in err.splitlines()[-1]
-    assert "broken.jpg" in err and "no face" in err and "shirt.png" in err
+    assert "broken.jpg" in err and "no upright face" in err and "shirt.png" in err
     faces = tmp_path / "faces" / "train"
     modes = {path.relative_to(faces).as_posix(): Image.open(path).mode for path in faces.glob("*/*")}
     assert modes == {"happy/photo.png": "L", "happy/photo-2.png": "RGB", "sad/sad_000.png": "L"}
@@ -774,3 +774,17 @@ def test_crop_refuses_in_one_line(run, tmp_path):
         code, out, err = run("crop", tmp_path / source, "--output-dir", tmp_path / target)
         assert (code, out) == (2, "") and err.splitlines()[-1].startswith("error: ") and word in err.splitlines()[-1]
         assert read_tree(tmp_path) == before and not (tmp_path / "new").exists()
+
+
+def test_small_faces_are_cropped_where_they_are_asked_for(run, tmp_path):
+    pytest.importorskip("cv2", reason="needs OpenCV")
+    (tmp_path / "photos").mkdir()
+    open_portrait().resize((128, 128)).save(tmp_path / "photos" / "small.png")  # its face has about 25 pixels
+    words = ("crop", tmp_path / "photos", "--output-dir", tmp_path / "faces")
+    code, _, err = run(*words)
+    assert code == 2 and "30 pixels" in err
+    code, _, err = run(*words, "--min-face", "20")
+    assert code == 0, err
+    assert max(Image.open(tmp_path / "faces" / "small.png").size) < 30
+    code, _, err = run("crop", tmp_path / "photos" / "small.png", "--output-dir", tmp_path / "more")
+    assert code == 2 and "is a file" in err
