@@ -51,11 +51,14 @@ if __name__ == "__main__":
 '''  # fmt: skip
 SEVERAL = """
 import json, os, sys
-from train import train_emotion_cnn
+from train import run_script, train_emotion_cnn
 
-for port, words in json.loads(sys.argv[1]):  # torchrun's own store serves one group of processes only
-    os.environ |= {"MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "False"}
-    train_emotion_cnn.main(words)
+def main():
+    for port, words in json.loads(sys.argv[1]):  # torchrun's own store serves one group of processes only
+        os.environ |= {"MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "False"}
+        train_emotion_cnn.main(words)
+
+run_script(main)  # which ends the process as that of a training ends, before gloo's threads can abort it
 """
 
 
