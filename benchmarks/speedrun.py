@@ -124,6 +124,7 @@ def main() -> None:
     parser.add_argument("--arch", default=DEFAULT_ARCH, help=f"ours (default: {DEFAULT_ARCH})")
     parser.add_argument("--plain", nargs="*", default=["cnn4_bn", "cnn6_bn"], help="(default: cnn4_bn cnn6_bn)")
     parser.add_argument("--minutes", type=float, default=1e9, help="the most that each plain loop gets (default: all)")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="at most, for the plain loops")
     parser.add_argument("--seed", type=int, default=0, help="(default: 0)")
     parser.add_argument("options", nargs="*", default=OURS, metavar="-- OPTIONS", help="for ours (default: OURS)")
     args = parser.parse_args()
@@ -133,7 +134,7 @@ def main() -> None:
     print(f"{describe(pick_device(), 'auto')}\n\n| network | {goals} |\n| --- |{' --- |' * len(GOALS)}", flush=True)
     print(format_row(f"`{args.arch}`, `{' '.join(args.options)}`", run_ours(args)), flush=True)
     for settings in recipes:
-        workers = fastest_plain(settings, 3, os.cpu_count())
+        workers = fastest_plain(settings, 3, args.workers)
         done = until_goals(run_plain(settings, workers), args.minutes)
         print(format_row(f"`{settings['arch']}`, plain loop, recipe of {settings['epochs']} epochs", done), flush=True)
 

@@ -117,7 +117,7 @@ def test_accuracy(faces, refuse):
 
 
 def test_speedrun(faces):
-    words = ("--arch", "cnn4_bn", "--plain", "cnn4_bn", "--minutes", 0.001, "--", "--epochs", 1)
+    words = ("--arch", "cnn4_bn", "--plain", "cnn4_bn", "--minutes", 0.001, "--workers", 0, "--", "--epochs", 1)
     done = run("speedrun", "--data-dir", faces, *words)
     assert done.returncode == 0, done.stderr
     rows = [cells_of(line) for line in done.stdout.splitlines()[4:]]
