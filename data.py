@@ -96,7 +96,7 @@ def list_pictures(folder: str | Path, class_names: list[str]) -> list[Picture]:
     found = find_classes(folder)
     if not set(found) <= set(class_names):
         raise InputError(
-            f"classes differ: {folder} has {found}, but train/ or the network "
+            f"classes differ: {folder} has {found}, but train/ or the network has "
             f"{class_names}; rename {sorted(set(found) - set(class_names))}, or train a network that knows them"
         )
     pictures = []
