@@ -1,7 +1,7 @@
 """The checkpoint file: plain dicts of tensors, numbers, strings, lists and dicts, written whole or not at all.
 
-    checkpoint = read_checkpoint("best_emotion_model.pth")      # a dict; refuses files that carry code
-    model = build_model(checkpoint)                             # the network, in evaluation mode
+checkpoint = read_checkpoint("best_emotion_model.pth")      # a dict; refuses files that carry code
+model = build_model(checkpoint)                             # the network, in evaluation mode
 """
 
 import contextlib
@@ -17,8 +17,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from finetuning import load_backbone
-from models import InputError, InputSpec, create_model, head_prefix, input_spec_for, printable
+from engine.pretrained import load_backbone
+from errors import InputError, printable
+from models import InputSpec, create_model, head_prefix, input_spec_for
 
 FORMAT_VERSION = 1
 MAX_CLASSES = 10_000
@@ -26,9 +27,16 @@ MAX_INFLATION = 10  # of a compressed file; float32 weights hardly shrink
 PATHS = ("data_dir", "weights", "teacher", "cache_dir", "tensorboard")  # settings that name places on the machine
 BEST_NAME, FINAL_NAME = "best_emotion_model.pth", "final_emotion_model.pth"
 _TYPES = {
-    "arch": str, "num_classes": int, "class_names": list, "input_spec": dict, "temperature": float, "trained_on": str,
-    "epoch": int, "metrics": dict, "config": dict,
-}  # fmt: skip
+    "arch": str,
+    "num_classes": int,
+    "class_names": list,
+    "input_spec": dict,
+    "temperature": float,
+    "trained_on": str,
+    "epoch": int,
+    "metrics": dict,
+    "config": dict,
+}
 
 
 def make_checkpoint(
@@ -109,8 +117,10 @@ def _read(path: Path):
         if not path.is_file():
             raise InputError(f"{path} is not a file")
         if _unpacked_size(path) > MAX_INFLATION * path.stat().st_size:  # torch reads compressed archives too
-            raise InputError(f"{path} would unpack to over {MAX_INFLATION} times its size, so it is not read; save it "
-                             "with torch.save, which does not compress")  # fmt: skip
+            raise InputError(
+                f"{path} would unpack to over {MAX_INFLATION} times its size, so it is not read; save it "
+                "with torch.save, which does not compress"
+            )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about files that are refused right after
             return torch.load(path, map_location="cpu", weights_only=True)
@@ -191,16 +201,28 @@ def adopt_checkpoint(path: str | Path, arch: str, class_names: list[str]) -> dic
     spec = input_spec_for(arch).to_dict()
     with torch.device("meta"):
         own = create_model(arch, len(class_names)).state_dict()
-    checkpoint = {"format_version": FORMAT_VERSION, "arch": arch, "num_classes": len(class_names), "metrics": {},
-                  "class_names": list(class_names), "input_spec": spec, "temperature": 1.0, "config": {}, "epoch": 0,
-                  "trained_on": "what another tool had", "state_dict": _rename(state_dict, own)}  # fmt: skip
+    checkpoint = {
+        "format_version": FORMAT_VERSION,
+        "arch": arch,
+        "num_classes": len(class_names),
+        "metrics": {},
+        "class_names": list(class_names),
+        "input_spec": spec,
+        "temperature": 1.0,
+        "config": {},
+        "epoch": 0,
+        "trained_on": "what another tool had",
+        "state_dict": _rename(state_dict, own),
+    }
     return check_info(checkpoint, path)
 
 
 def _check(checkpoint, path: str | Path) -> dict:
     if not isinstance(checkpoint, dict) or "format_version" not in checkpoint:
-        raise InputError(f"{path} is not a checkpoint of this project (bare weights go to training, with --weights, "
-                         "or to load_model, with arch and class_names)")
+        raise InputError(
+            f"{path} is not a checkpoint of this project (bare weights go to training, with --weights, "
+            "or to load_model, with arch and class_names)"
+        )
     check_info(checkpoint, path)
     if not isinstance(checkpoint.get("state_dict"), dict):
         raise InputError(f"{path} is damaged: its 'state_dict' is missing or no dict")
@@ -227,8 +249,10 @@ def check_info(checkpoint: dict, path: str | Path) -> dict:
         raise InputError(f"{path} is of the unknown arch {checkpoint['arch']!r}")
     if not 0 < checkpoint["temperature"] < math.inf:
         raise InputError(f"{path} is damaged: its temperature is {checkpoint['temperature']}")
-    if not all(isinstance(value, float) or type(value) is int and abs(value) < 2**53
-               for value in checkpoint["metrics"].values()):  # fmt: skip
+    if not all(
+        isinstance(value, float) or type(value) is int and abs(value) < 2**53
+        for value in checkpoint["metrics"].values()
+    ):
         raise InputError(f"{path} is damaged: its metrics are not all numbers")
     if not all(isinstance(key, str) and key.isprintable() for key in (*checkpoint["metrics"], *checkpoint["config"])):
         raise InputError(f"{path} is damaged: its metrics and config are not all named by printable text")

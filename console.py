@@ -10,8 +10,8 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
-from engine import is_out_of_memory, keep_freed_memory, limit_threads
-from models import InputError
+from device import is_out_of_memory, keep_freed_memory, limit_threads
+from errors import InputError
 
 
 def run_script(main: Callable[[], int | None]) -> None:
@@ -36,8 +36,11 @@ def run_script(main: Callable[[], int | None]) -> None:
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        print("error: out of memory; lower --batch-size, or --image-size where that was raised (training can also "
-              "split a batch: --grad-accum 4)", file=sys.stderr)  # fmt: skip
+        print(
+            "error: out of memory; lower --batch-size, or --image-size where that was raised (training can also "
+            "split a batch: --grad-accum 4)",
+            file=sys.stderr,
+        )
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

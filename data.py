@@ -1,6 +1,6 @@
 """Folders of pictures as uint8 arrays, decoded once and cached. splits.py makes batches of them.
 
-    images = FolderImages("train", InputSpec())         # images.images: uint8 (N, C, H, W)
+images = FolderImages("train", InputSpec())         # images.images: uint8 (N, C, H, W)
 """
 
 import contextlib
@@ -18,8 +18,9 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from decoding import decode_paths, in_chunks
-from models import InputError, InputSpec, printable
+from errors import InputError, printable
+from models import InputSpec
+from preprocessing import decode_paths, in_chunks
 
 CACHE_VERSION = 4  # raise it whenever decoding or the cache's layout changes
 EXTENSIONS = {".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm", ".pbm"}

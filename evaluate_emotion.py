@@ -18,19 +18,27 @@ import reports
 from checkpoints import replace_file
 from console import ArgumentParser, make_output_dir, run_script
 from data import FolderImages
-from engine import PRECISIONS, evaluate, pick_precision, to_log_probs
+from device import PRECISIONS, pick_precision
+from engine.loop import evaluate, to_log_probs
+from errors import InputError, printable
 from inference import open_model, prepare
-from models import InputError, printable
 from splits import Batches, find_copies, split_train_val, warn_of_copies
 
 
 def get_args_parser() -> ArgumentParser:
     parser = ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--checkpoint", metavar="PATH", help="a checkpoint or an exported file (default: "
-                        "best_emotion_model.pth here, else weights/emotion_model.pth)")  # fmt: skip
+    parser.add_argument(
+        "--checkpoint",
+        metavar="PATH",
+        help="a checkpoint or an exported file (default: best_emotion_model.pth here, else weights/emotion_model.pth)",
+    )
     parser.add_argument("--data-dir", metavar="DIR", default=".", help="holds the split, or class folders (default: .)")
-    parser.add_argument("--split", choices=("test", "val", "train"), default="test", help="without val/, val is the "
-                        "share of train/ that the checkpoint was validated on (default: test)")  # fmt: skip
+    parser.add_argument(
+        "--split",
+        choices=("test", "val", "train"),
+        default="test",
+        help="without val/, val is the share of train/ that the checkpoint was validated on (default: test)",
+    )
     parser.add_argument("--tta", action="store_true", help="average over each picture and its mirror image")
     parser.add_argument("--output-dir", metavar="DIR", help="write report, metrics and confusion matrix there")
     parser.add_argument("--batch-size", type=int, default=256, help="(default: 256)")

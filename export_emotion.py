@@ -22,7 +22,8 @@ import torch
 from checkpoints import get_info, replace_file
 from console import ArgumentParser, make_output_dir, run_script
 from data import FolderImages
-from exporting import (
+from errors import InputError, printable
+from export.formats import (
     CONFIG_NAME,
     FORMATS,
     INFO_NAME,
@@ -33,7 +34,7 @@ from exporting import (
     to_stored,
 )
 from inference import open_model, predict_probs
-from models import InputError, InputSpec, printable
+from models import InputSpec
 
 TOLERANCE = 1e-4  # largest difference in probability from PyTorch's, in float32
 COMPARED = 256  # pictures
@@ -44,17 +45,27 @@ QUANTIZED = ["Conv", "Gemm", "MatMul", "Add", "Mul", "Sigmoid", "MaxPool", "Aver
 
 def get_args_parser() -> ArgumentParser:
     parser = ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--checkpoint", metavar="PATH", help="(default: best_emotion_model.pth here, else "
-                        "weights/emotion_model.pth)")  # fmt: skip
-    parser.add_argument("--formats", metavar="NAMES", help=f"of {','.join(FORMATS)} (default: all whose packages are "
-                        "installed)")  # fmt: skip
+    parser.add_argument(
+        "--checkpoint", metavar="PATH", help="(default: best_emotion_model.pth here, else weights/emotion_model.pth)"
+    )
+    parser.add_argument(
+        "--formats", metavar="NAMES", help=f"of {','.join(FORMATS)} (default: all whose packages are installed)"
+    )
     parser.add_argument("--output-dir", metavar="DIR", default=".", help="where they are written (default: .)")
-    parser.add_argument("--data-dir", metavar="DIR", help="compare on pictures of its test/, val/ or train/, or of "
-                        "its own class folders (default: on seeded noise)")  # fmt: skip
-    parser.add_argument("--int8", action="store_true", help=f"also write {INT8_NAME}, in whole numbers of 8 bits: "
-                        "smaller, and faster where the processor multiplies in them; needs --data-dir")  # fmt: skip
-    parser.add_argument("--max-drop", type=float, default=1.0, metavar="POINTS", help="of accuracy that --int8 may "
-                        "cost (default: 1.0)")  # fmt: skip
+    parser.add_argument(
+        "--data-dir",
+        metavar="DIR",
+        help="compare on pictures of its test/, val/ or train/, or of its own class folders (default: on seeded noise)",
+    )
+    parser.add_argument(
+        "--int8",
+        action="store_true",
+        help=f"also write {INT8_NAME}, in whole numbers of 8 bits: "
+        "smaller, and faster where the processor multiplies in them; needs --data-dir",
+    )
+    parser.add_argument(
+        "--max-drop", type=float, default=1.0, metavar="POINTS", help="of accuracy that --int8 may cost (default: 1.0)"
+    )
     parser.add_argument("--cache-dir", metavar="DIR", help="keeps decoded pictures (default: the user's cache folder)")
     return parser
 
@@ -175,8 +186,10 @@ def quantize(source: Path, target: Path, pictures: torch.Tensor) -> None:
 def measure(model, data: FolderImages) -> tuple[float, float]:
     """Accuracy on `data` as a fraction, and milliseconds a picture one at a time."""
     images, labels = torch.from_numpy(np.array(data.images)), torch.from_numpy(np.array(data.labels))
-    right = [(predict_probs(model, part).argmax(1) == own).sum() for part, own in
-             zip(images.split(256), labels.split(256), strict=True)]  # fmt: skip
+    right = [
+        (predict_probs(model, part).argmax(1) == own).sum()
+        for part, own in zip(images.split(256), labels.split(256), strict=True)
+    ]
     times = []
     for index in range(60):
         start = time.perf_counter()
@@ -204,14 +217,17 @@ def export_int8(source: Path, calibration: torch.Tensor, data: FolderImages, max
     measured = [measure(read_exported(file)[0], data) for file in (source, path)]
     for file, (accuracy, ms) in zip((source, path), measured, strict=True):
         where = printable(data.folder.name)
-        print(f"{file.name}: {describe_size(file)}, accuracy {100 * accuracy:.2f}% on {len(data):,} pictures of "
-              f"{where}/, {ms:.2f} ms a picture")  # fmt: skip
+        print(
+            f"{file.name}: {describe_size(file)}, accuracy {100 * accuracy:.2f}% on {len(data):,} pictures of "
+            f"{where}/, {ms:.2f} ms a picture"
+        )
     drop = 100 * (measured[0][0] - measured[1][0])
     if drop > max_drop:
         earlier = source.with_name(INT8_NAME)
         note = f", and {earlier} is an earlier one" if earlier.exists() else ""
-        raise InputError(f"{INT8_NAME} loses {drop:.2f} points of accuracy, more than --max-drop {max_drop:g}; it was "
-                         f"not kept{note}")  # fmt: skip
+        raise InputError(
+            f"{INT8_NAME} loses {drop:.2f} points of accuracy, more than --max-drop {max_drop:g}; it was not kept{note}"
+        )
     return path
 
 
@@ -224,8 +240,9 @@ def check_config(output_dir: Path, names: list[str]) -> None:
         except (OSError, ValueError, TypeError):
             is_ours = False
         if not is_ours:
-            raise InputError(f"{path} is of another program; choose another --output-dir, or --formats without "
-                             "safetensors")  # fmt: skip
+            raise InputError(
+                f"{path} is of another program; choose another --output-dir, or --formats without safetensors"
+            )
 
 
 def check_source(checkpoint: str | None, output_dir: Path, names: list[str]) -> None:

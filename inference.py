@@ -1,7 +1,7 @@
 """A trained network at work: from a checkpoint to the emotions in pictures. predict_emotion.py hands this on to users.
 
-    model, class_names = load_model("best_emotion_model.pth")
-    predicted_class, confidence, all_probs = predict_image(model, "photo.jpg", class_names)
+model, class_names = load_model("best_emotion_model.pth")
+predicted_class, confidence, all_probs = predict_image(model, "photo.jpg", class_names)
 """
 
 import os
@@ -16,11 +16,12 @@ from torch import nn
 
 from checkpoints import BEST_NAME, adopt_checkpoint, build_model, read_checkpoint
 from data import SAMPLE_SET
-from decoding import in_chunks, read_image, read_whole, to_input
-from engine import memory_format, pick_device
-from exporting import is_exported, read_exported
-from faces import CROP_SIZE, Face, crop_face, find_faces, opencv_problem
-from models import InputError, InputSpec, printable
+from device import memory_format, pick_device
+from errors import InputError, printable
+from export.formats import is_exported, read_exported
+from faces.detector import CROP_SIZE, Face, crop_face, find_faces, opencv_problem
+from models import InputSpec
+from preprocessing import in_chunks, read_image, read_whole, to_input
 
 BUNDLED = Path(__file__).resolve().parent / "weights" / "emotion_model.pth"
 
@@ -85,13 +86,16 @@ def open_model(
     target = pick_device(device)
     model = model.to(target, memory_format=memory_format(target))
     if model.trained_on == SAMPLE_SET:
-        print(f"note: this network was trained on {model.trained_on}; for photos, train on real faces or pass "
-              "--checkpoint weights/emotion_model.pth", file=sys.stderr)  # fmt: skip
+        print(
+            f"note: this network was trained on {model.trained_on}; for photos, train on real faces or pass "
+            "--checkpoint weights/emotion_model.pth",
+            file=sys.stderr,
+        )
     return model, info
 
 
 def prepare(images: torch.Tensor, model: nn.Module) -> torch.Tensor:
-    """uint8 (N, C, H, W) as `read_image` makes them -> what `model` eats: exported files scale and normalise inside."""
+    """uint8 (N, C, H, W) as `read_image` makes them -> what `model` eats: exported files scale and normalize inside."""
     return images if hasattr(model, "eats_uint8") else to_input(images, model.input_spec)
 
 
@@ -135,8 +139,15 @@ def predict_faces(
     for view, probs in found:
         if view.face:
             emotion, confidence, all_probs = to_prediction(probs, class_names)
-            results.append({"box": view.face.box, "score": view.face.score, "emotion": emotion,
-                            "confidence": confidence, "probs": all_probs})  # fmt: skip
+            results.append(
+                {
+                    "box": view.face.box,
+                    "score": view.face.score,
+                    "emotion": emotion,
+                    "confidence": confidence,
+                    "probs": all_probs,
+                }
+            )
     return results
 
 

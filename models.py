@@ -15,22 +15,9 @@ from dataclasses import asdict, dataclass, fields, replace
 import torch
 from torch import nn
 
+from errors import InputError
+
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-
-
-def printable(text) -> str:
-    """`text` with control characters and undecodable bytes escaped, safe to print whatever a file is called."""
-    text = str(text)
-    if text.isprintable():
-        return text
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-
-
-class InputError(ValueError):
-    """The user's input is at fault. The message is one line that names the file or flag and says what to do."""
-
-    def __init__(self, message: str):
-        super().__init__(printable(message))
 
 
 @dataclass(frozen=True)
@@ -252,12 +239,18 @@ def cnn4(num_classes: int, image_size: int, dropout: float | None) -> nn.Module:
     """S3's network: four convolutions, two linear layers (5.0 M parameters); without S3's softmax before the loss."""
     plain = {"batch_norm": False}
     return nn.Sequential(
-        *_conv(1, 32, **plain), *_conv(32, 64, **plain, pool=2), Dropout(0.25),
+        *_conv(1, 32, **plain),
+        *_conv(32, 64, **plain, pool=2),
+        Dropout(0.25),
         *_conv(64, 128, **plain, pool=2),
-        *_conv(128, 128, **plain, pool=2), Dropout(0.25),
-        nn.Flatten(), nn.Linear(128 * (image_size // 8) ** 2, 1024), nn.ReLU(), Dropout(_p(dropout, 0.5)),
+        *_conv(128, 128, **plain, pool=2),
+        Dropout(0.25),
+        nn.Flatten(),
+        nn.Linear(128 * (image_size // 8) ** 2, 1024),
+        nn.ReLU(),
+        Dropout(_p(dropout, 0.5)),
         nn.Linear(1024, num_classes),
-    )  # fmt: skip
+    )
 
 
 # Our own network
@@ -284,9 +277,11 @@ class _SEBlock(nn.Module):
         squeezed = out_channels // 8  # half of the paper's reduction: the blocks are narrower than its
         self.gate = nn.Sequential(
             nn.AdaptiveAvgPool2d(1),
-            nn.Conv2d(out_channels, squeezed, 1), nn.ReLU(),
-            nn.Conv2d(squeezed, out_channels, 1), nn.Sigmoid(),
-        )  # fmt: skip
+            nn.Conv2d(out_channels, squeezed, 1),
+            nn.ReLU(),
+            nn.Conv2d(squeezed, out_channels, 1),
+            nn.Sigmoid(),
+        )
         pool = [nn.AvgPool2d(2, ceil_mode=True)] if stride == 2 else []
         project = _conv_norm(in_channels, out_channels, kernel_size=1) if in_channels != out_channels else []
         self.shortcut = nn.Sequential(*pool, *project)
@@ -299,12 +294,18 @@ class _SEBlock(nn.Module):
 @register(
     "seresnet13",
     Recipe(
-        epochs=70, batch_size=128, optimizer="adamw", lr=3e-3, weight_decay=0.05, schedule="onecycle",
+        epochs=70,
+        batch_size=128,
+        optimizer="adamw",
+        lr=3e-3,
+        weight_decay=0.05,
+        schedule="onecycle",
         augment="flip,rotation=10,translate=0.05,scale=0.1,window=0.83,brightness=0.2,contrast=0.2,erase=0.25",
-        label_smoothing=0.1, ema=0.999,
+        label_smoothing=0.1,
+        ema=0.999,
     ),
     takes_any_size=True,
-)  # fmt: skip
+)
 def seresnet13(num_classes: int, image_size: int, dropout: float | None) -> nn.Module:
     """Our own network for 48x48 faces: two convolutions, five residual blocks, one linear layer (2.8 M parameters).
 
@@ -323,9 +324,12 @@ def seresnet13(num_classes: int, image_size: int, dropout: float | None) -> nn.M
 
 def _head(in_features: int, num_classes: int, dropout: float | None) -> nn.Sequential:
     return nn.Sequential(
-        Dropout(_p(dropout, 0.5)), nn.Linear(in_features, 256), nn.ReLU(),
-        Dropout(_p(dropout, 0.3)), nn.Linear(256, num_classes),
-    )  # fmt: skip
+        Dropout(_p(dropout, 0.5)),
+        nn.Linear(in_features, 256),
+        nn.ReLU(),
+        Dropout(_p(dropout, 0.3)),
+        nn.Linear(256, num_classes),
+    )
 
 
 _HEADS = {  # where the head stands in torchvision's network, and how many features it is fed

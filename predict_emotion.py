@@ -1,13 +1,13 @@
 """Names the emotion in pictures of faces, from the command line and from Python.
 
-    python predict_emotion.py photo.jpg --show-all          # emotion, confidence, every probability as a bar
-    python predict_emotion.py DIR "more/*.png" --output predictions.csv
-    python predict_emotion.py --info                        # what the checkpoint is
-    python predict_emotion.py                               # a sample of test/, drawn to prediction_samples.png
+python predict_emotion.py photo.jpg --show-all          # emotion, confidence, every probability as a bar
+python predict_emotion.py DIR "more/*.png" --output predictions.csv
+python predict_emotion.py --info                        # what the checkpoint is
+python predict_emotion.py                               # a sample of test/, drawn to prediction_samples.png
 
-    from predict_emotion import load_model, predict_image
-    model, class_names = load_model("best_emotion_model.pth")
-    predicted_class, confidence, all_probs = predict_image(model, "photo.jpg", class_names)
+from predict_emotion import load_model, predict_image
+model, class_names = load_model("best_emotion_model.pth")
+predicted_class, confidence, all_probs = predict_image(model, "photo.jpg", class_names)
 """
 
 import argparse
@@ -26,8 +26,10 @@ from torch import nn
 from checkpoints import BEST_NAME, replace_file
 from console import ArgumentParser, check_writable, make_output_dir, run_script
 from data import find_classes, walk_pictures
-from decoding import read_image
-from faces import LONGEST, SMALLEST, opencv_problem
+from errors import InputError, printable
+from faces.detector import LONGEST, SMALLEST, opencv_problem
+from faces.overlay import Annotator, Targets
+from faces.video import Video, classify_video, is_video
 from inference import (
     BUNDLED,
     CROP_SIZE,
@@ -43,9 +45,8 @@ from inference import (
     predict_images,
     to_prediction,
 )
-from models import InputError, count_parameters, printable
-from overlay import Annotator, Targets
-from video import Video, classify_video, is_video
+from models import count_parameters
+from preprocessing import read_image
 
 __all__ = ["BUNDLED", "CROP_SIZE", "load_model", "predict_faces", "predict_image", "predict_images"]  # the public API
 COLUMNS = ["file", "time", "face", "left", "top", "width", "height", "score", "emotion", "confidence"]
@@ -55,25 +56,46 @@ _FORMULA_STARTS = tuple("=+-@\t\r\n＝＋－＠")  # the last four are full-widt
 
 def get_args_parser() -> ArgumentParser:
     parser = ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("inputs", nargs="*", metavar="PICTURE", help="pictures, folders, patterns, videos; without"
-                        " any, a sample of test/ is drawn to prediction_samples.png")  # fmt: skip
-    parser.add_argument("--checkpoint", metavar="PATH", help="a checkpoint or an exported file (default: "
-                        f"{BEST_NAME} here, else weights/emotion_model.pth)")  # fmt: skip
+    parser.add_argument(
+        "inputs",
+        nargs="*",
+        metavar="PICTURE",
+        help="pictures, folders, patterns, videos; without any, a sample of test/ is drawn to prediction_samples.png",
+    )
+    parser.add_argument(
+        "--checkpoint",
+        metavar="PATH",
+        help=f"a checkpoint or an exported file (default: {BEST_NAME} here, else weights/emotion_model.pth)",
+    )
     parser.add_argument("--show-all", action="store_true", help="every probability, as a bar")
     parser.add_argument("--output", metavar="FILE", help="also write the predictions to FILE, .csv or .json")
-    parser.add_argument("--faces", choices=("auto", "on", "off"), default="auto", help="on: every face that OpenCV "
-                        "finds; off: the whole picture as one; auto: faces, but pictures of at most "
-                        f"{CROP_SIZE} pixels whole (default: auto)")  # fmt: skip
-    parser.add_argument("--min-face", type=int, metavar="PIXELS", help="the smallest face to look for (default: "
-                        f"{SMALLEST}, in a picture of at most {LONGEST})")  # fmt: skip
-    parser.add_argument("--yunet", metavar="FILE", help="YuNet's .onnx file, to find faces with in the place of "
-                        "OpenCV's cascade")  # fmt: skip
-    parser.add_argument("--annotate", metavar="DIR", help="write the pictures and videos there, with boxes, labels and "
-                        "bars, and of each video a timeline")  # fmt: skip
+    parser.add_argument(
+        "--faces",
+        choices=("auto", "on", "off"),
+        default="auto",
+        help="on: every face that OpenCV "
+        "finds; off: the whole picture as one; auto: faces, but pictures of at most "
+        f"{CROP_SIZE} pixels whole (default: auto)",
+    )
+    parser.add_argument(
+        "--min-face",
+        type=int,
+        metavar="PIXELS",
+        help=f"the smallest face to look for (default: {SMALLEST}, in a picture of at most {LONGEST})",
+    )
+    parser.add_argument(
+        "--yunet", metavar="FILE", help="YuNet's .onnx file, to find faces with in the place of OpenCV's cascade"
+    )
+    parser.add_argument(
+        "--annotate",
+        metavar="DIR",
+        help="write the pictures and videos there, with boxes, labels and bars, and of each video a timeline",
+    )
     parser.add_argument("--every", type=int, default=1, metavar="N", help="of a video every Nth frame (default: 1)")
     parser.add_argument("--info", action="store_true", help="print what the checkpoint is, and stop")
-    parser.add_argument("--data-dir", metavar="DIR", default=".", help="its test/ is sampled where no picture is named "
-                        "(default: .)")  # fmt: skip
+    parser.add_argument(
+        "--data-dir", metavar="DIR", default=".", help="its test/ is sampled where no picture is named (default: .)"
+    )
     parser.add_argument("--output-dir", metavar="DIR", default=".", help="for prediction_samples.png (default: .)")
     parser.add_argument("--batch-size", type=int, default=64, help="(default: 64)")
     parser.add_argument("--trust", action="store_true", help="load .pt and .pt2 files, which can carry code that runs")

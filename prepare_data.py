@@ -36,12 +36,18 @@ from tqdm import tqdm
 from checkpoints import replace_file
 from console import ArgumentParser, make_output_dir, run_script
 from data import EXTENSIONS, walk_pictures
-from faces import SMALLEST, crop_largest, find_faces
-from models import InputError, printable
+from errors import InputError, printable
+from faces.detector import SMALLEST, crop_largest, find_faces
 
 CSV_CLASSES = {"0": "angry", "1": "disgust", "2": "fear", "3": "happy", "4": "sad", "5": "surprise", "6": "neutral"}
-SPELLINGS = {name: name for name in CSV_CLASSES.values()} | {"anger": "angry", "disgusted": "disgust",
-             "fearful": "fear", "happiness": "happy", "sadness": "sad", "surprised": "surprise"}
+SPELLINGS = {name: name for name in CSV_CLASSES.values()} | {
+    "anger": "angry",
+    "disgusted": "disgust",
+    "fearful": "fear",
+    "happiness": "happy",
+    "sadness": "sad",
+    "surprised": "surprise",
+}
 SPLITS = {"train": "train", "val": "val", "validation": "val", "test": "test"}
 USAGES = {"Training": "train", "PublicTest": "val", "PrivateTest": "test"}
 HALVES = "PublicTest|PrivateTest"
@@ -54,8 +60,17 @@ MAX_TOTAL_BYTES = 4 * 2**30
 MAX_PICTURE_BYTES = 64 * 2**20
 
 # what a file that can't be read or written and a damaged or encrypted archive or table raise
-FILE_ERRORS = (OSError, zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError, csv.Error, EOFError,
-               RuntimeError, ValueError)
+FILE_ERRORS = (
+    OSError,
+    zipfile.BadZipFile,
+    tarfile.TarError,
+    zlib.error,
+    lzma.LZMAError,
+    csv.Error,
+    EOFError,
+    RuntimeError,
+    ValueError,
+)
 BY_HAND = "download https://www.kaggle.com/datasets/msambare/fer2013 by hand and pass the zip"
 
 
@@ -71,8 +86,10 @@ class _SmallReadsGzip(gzip.GzipFile):
 
 def _check_member(source: Path, name: str, *, is_plain: bool) -> None:
     if not is_plain or re.search(r"^/|[\\\0]|(^|/)(\.\.(/|$)|.:)", name):  # absolute, backslash, NUL, .., drive letter
-        raise InputError(f"{source} is refused: its member '{name}' is a link or leads out of "
-                         "the target folder; get the archive from a source you trust")
+        raise InputError(
+            f"{source} is refused: its member '{name}' is a link or leads out of "
+            "the target folder; get the archive from a source you trust"
+        )
 
 
 def list_members(source: Path) -> Iterator[tuple[str, Callable[[], BufferedIOBase]]]:
@@ -132,8 +149,10 @@ def find_set(source: Path) -> tuple[Path, str | None, list[str]]:
         return source, None if pictures else table, pictures
     if len(archives) == 1:
         return find_set(source / archives[0])
-    raise InputError(f"{source} holds no train/<class>/*.jpg, neither {' nor '.join(TABLE_NAMES)}, and "
-                     f"{len(archives)} archives instead of one; pass the archive itself, or {BY_HAND}")
+    raise InputError(
+        f"{source} holds no train/<class>/*.jpg, neither {' nor '.join(TABLE_NAMES)}, and "
+        f"{len(archives)} archives instead of one; pass the archive itself, or {BY_HAND}"
+    )
 
 
 def place_pictures(source: Path, pictures: list[str]) -> tuple[dict[str, str], str | None]:
@@ -149,8 +168,10 @@ def place_pictures(source: Path, pictures: list[str]) -> tuple[dict[str, str], s
     for name in pictures:
         split, class_name, file_name = name.split("/")[-3:]
         if class_name.lower() not in SPELLINGS:
-            raise InputError(f"{source} holds the unknown class '{class_name}'; rename or remove "
-                             f"it, the known ones are {', '.join(sorted(CSV_CLASSES.values()))}")
+            raise InputError(
+                f"{source} holds the unknown class '{class_name}'; rename or remove "
+                f"it, the known ones are {', '.join(sorted(CSV_CLASSES.values()))}"
+            )
         places[name] = [SPLITS[split.lower()], SPELLINGS[class_name.lower()], file_name]
     undecided = None
     if "val" not in {split for split, _, _ in places.values()}:
@@ -178,8 +199,10 @@ def read_table(stream: BufferedIOBase, table: str) -> Iterator[tuple[str, bytes]
             pixels = np.frombuffer(bytes(map(int, cells["pixels"].split())), np.uint8)
             image = Image.fromarray(np.reshape(pixels, (48, 48)))
         except (KeyError, ValueError):  # bytes() refuses what is outside of 0 to 255
-            raise InputError(f"{table}, row {number}: expected emotion 0 to 6, Usage {', '.join(USAGES)}, "
-                             "2304 pixels from 0 to 255; download it again") from None
+            raise InputError(
+                f"{table}, row {number}: expected emotion 0 to 6, Usage {', '.join(USAGES)}, "
+                "2304 pixels from 0 to 255; download it again"
+            ) from None
         content = BytesIO()
         image.save(content, "png")
         yield place, content.getvalue()
@@ -283,7 +306,7 @@ def print_counts(counts: Counter, undecided: str | None) -> None:
 
 def draw_sample(output_dir: Path, seed: int) -> None:
     """Draw train/ and test/ into `output_dir` and print what was written. Raises InputError where files are in them."""
-    import drawing
+    from prepare import drawings as drawing
 
     try:
         drawing.draw_sample_set(output_dir, seed=seed)
@@ -336,7 +359,7 @@ def audit_folder(folder: Path, output_dir: Path) -> None:
     """Prints what is wrong with the pictures in `folder`, and writes it to `output_dir`."""
     import json
 
-    from audit import audit, draw_groups, format_audit
+    from prepare.audit import audit, draw_groups, format_audit
 
     if output_dir.resolve().parent == folder.resolve() and not any((folder / name).is_dir() for name in SPLITS):
         raise InputError(f"--output-dir {output_dir} would be taken for a class of {folder}; choose another")

@@ -12,8 +12,9 @@ import numpy as np
 import torch
 
 from data import SAMPLE_PREFIX, SAMPLE_SET, FolderImages, hash_pixels, is_sample_set
-from distributed import ALONE, Group
-from models import InputError, InputSpec, printable
+from engine.distributed import ALONE, Group
+from errors import InputError, printable
+from models import InputSpec
 
 
 def split_train_val(
@@ -203,8 +204,10 @@ def warn_of_drawings(part: FolderImages) -> list[str]:
     count = sum(is_sample_set([path]) for path in part.paths)
     if count == 0:
         return []
-    return [f"warning: {count:,} of {len(part):,} pictures in {printable(part.folder)} are drawings of the sample set "
-            f"({SAMPLE_PREFIX}*); move them elsewhere, or your own into a folder of their own"]  # fmt: skip
+    return [
+        f"warning: {count:,} of {len(part):,} pictures in {printable(part.folder)} are drawings of the sample set "
+        f"({SAMPLE_PREFIX}*); move them elsewhere, or your own into a folder of their own"
+    ]
 
 
 def warn_of_copies(part: FolderImages | None, copies: np.ndarray | None, other: str) -> list[str]:

@@ -20,24 +20,18 @@ from pathlib import Path
 import torch
 
 import reports
-from augment import parse_augment
 from checkpoints import BEST_NAME, FINAL_NAME, PATHS, build_model, read_checkpoint, replace_file, save_checkpoint
 from console import ArgumentParser, make_output_dir, run_script
 from data import SAMPLE_SET
-from distributed import Group, is_loss_of_others, join, leave, when_terminated
-from engine import (
-    OPTIMIZERS,
-    PRECISIONS,
-    SCHEDULES,
-    fit_temperature,
-    limit_threads,
-    memory_format,
-    pick_device,
-    to_log_probs,
-)
-from models import InputError, count_parameters, get_arch, input_spec_for, list_archs, printable
+from device import PRECISIONS, limit_threads, memory_format, pick_device
+from engine.augment import parse_augment
+from engine.distributed import Group, is_loss_of_others, join, leave, when_terminated
+from engine.loop import fit_temperature, to_log_probs
+from engine.optim import OPTIMIZERS, SCHEDULES
+from engine.resume import FREE_ON_RESUME, HISTORY_NAME, Run, write_history
+from errors import InputError, printable
+from models import count_parameters, get_arch, input_spec_for, list_archs
 from splits import load_splits
-from training_run import FREE_ON_RESUME, HISTORY_NAME, Run, write_history
 
 DEFAULT_ARCH = "seresnet13"
 
@@ -64,19 +58,32 @@ FLAGS = {  # group: (flag, default, argparse's options, help)
         ("--val-fraction", 0.1, {"type": _number(float, 0.01, 0.9)}, "of train/ that validates where there is no val/"),
         ("--cache-dir", None, {"metavar": "DIR"}, "for decoded pictures; else the user's cache folder"),
         ("--strict", False, {"action": "store_true"}, "stop at a picture that can't be read; else it is left out"),
-        ("--augment", BY_ARCH, {}, "none, light, medium, strong, or strengths such as flip,rotation=10,translate=0.1,"
-         "scale=0.1,brightness=0.2,contrast=0.2,crop=0.8,window=0.83,erase=0.25"),
+        (
+            "--augment",
+            BY_ARCH,
+            {},
+            "none, light, medium, strong, or strengths such as flip,rotation=10,translate=0.1,"
+            "scale=0.1,brightness=0.2,contrast=0.2,crop=0.8,window=0.83,erase=0.25",
+        ),
         ("--class-weights", BY_ARCH, {"choices": ("none", "balanced", "sqrt")}, "count rare classes more in the loss"),
         ("--sampler", "shuffle", {"choices": ("shuffle", "balanced")}, "balanced draws every class equally often"),
     ],
     "network": [
         ("--arch", DEFAULT_ARCH, {}, f"one of {', '.join(list_archs())}"),
         ("--image-size", BY_ARCH, {"type": _number(int, 32, 1024), "metavar": "PIXELS"}, "side of the network's input"),
-        ("--pretrained", None, {"action": argparse.BooleanOptionalAction}, "start from ImageNet weights; torchvision "
-         "backbones do, unless --weights is given"),
+        (
+            "--pretrained",
+            None,
+            {"action": argparse.BooleanOptionalAction},
+            "start from ImageNet weights; torchvision backbones do, unless --weights is given",
+        ),
         ("--weights", None, {"metavar": "PATH"}, "start from a checkpoint or a state_dict file"),
-        ("--freeze", None, {"metavar": "STAGE"}, "freeze a backbone up to and with this stage; all leaves the "
-         "head to learn"),
+        (
+            "--freeze",
+            None,
+            {"metavar": "STAGE"},
+            "freeze a backbone up to and with this stage; all leaves the head to learn",
+        ),
         ("--dropout", BY_ARCH, {"type": _SHARE}, "of the classifier head, each of its dropouts"),
     ],
     "optimisation": [
@@ -87,30 +94,58 @@ FLAGS = {  # group: (flag, default, argparse's options, help)
         ("--weight-decay", BY_ARCH, {"type": _number(float, 0)}, "L2 penalty of adam and sgd; of adamw decoupled"),
         ("--schedule", BY_ARCH, {"choices": SCHEDULES}, "of the learning rate"),
         ("--label-smoothing", BY_ARCH, {"type": _SHARE}, "share of the target spread over all classes"),
-        ("--mixup", BY_ARCH, {"type": _number(float, 0), "metavar": "ALPHA"}, "blend pairs of pictures and their "
-         "labels, 0.2 say; 0 is off"),
-        ("--teacher", None, {"nargs": "+", "action": "extend", "metavar": "PATH"}, "learn from the answers of these "
-         "checkpoints too"),
-        ("--grad-accum", 1, {"type": _number(int, 1), "metavar": "N"}, "split each batch into N passes: less memory, "
-         "and the same step but for batch-norm and dropout"),
+        (
+            "--mixup",
+            BY_ARCH,
+            {"type": _number(float, 0), "metavar": "ALPHA"},
+            "blend pairs of pictures and their labels, 0.2 say; 0 is off",
+        ),
+        (
+            "--teacher",
+            None,
+            {"nargs": "+", "action": "extend", "metavar": "PATH"},
+            "learn from the answers of these checkpoints too",
+        ),
+        (
+            "--grad-accum",
+            1,
+            {"type": _number(int, 1), "metavar": "N"},
+            "split each batch into N passes: less memory, and the same step but for batch-norm and dropout",
+        ),
         ("--clip-grad", 0.0, {"type": _number(float, 0), "metavar": "NORM"}, "clip the gradient's norm; 0 is off"),
         ("--ema", BY_ARCH, {"type": _SHARE, "metavar": "DECAY"}, "average the weights, 0.999 say; 0 is off"),
-        ("--early-stopping", 0, {"type": _COUNT, "metavar": "EPOCHS"}, "stop after so many without a better "
-         "validation accuracy; 0 is off"),
+        (
+            "--early-stopping",
+            0,
+            {"type": _COUNT, "metavar": "EPOCHS"},
+            "stop after so many without a better validation accuracy; 0 is off",
+        ),
     ],
     "run": [
         ("--output-dir", ".", {"metavar": "DIR"}, "where everything is written"),
-        ("--resume", None, {"nargs": "?", "const": "", "metavar": "PATH"}, f"go on from PATH, or from {FINAL_NAME} in "
-         "--output-dir; it brings its own flags"),
+        (
+            "--resume",
+            None,
+            {"nargs": "?", "const": "", "metavar": "PATH"},
+            f"go on from PATH, or from {FINAL_NAME} in --output-dir; it brings its own flags",
+        ),
         ("--seed", 0, {"type": _number(int, 0, 2**31 - 1)}, "of everything random"),
         ("--device", "auto", {}, "auto, cpu, cuda, cuda:1, mps"),
-        ("--precision", "auto", {"choices": PRECISIONS}, "of training; auto is bf16 where the hardware "
-         "has it, else fp32"),
-        ("--deterministic", False, {"action": "store_true"}, "take torch's deterministic algorithms on CUDA, more "
-         "slowly; on the CPU it is so anyway"),
+        (
+            "--precision",
+            "auto",
+            {"choices": PRECISIONS},
+            "of training; auto is bf16 where the hardware has it, else fp32",
+        ),
+        (
+            "--deterministic",
+            False,
+            {"action": "store_true"},
+            "take torch's deterministic algorithms on CUDA, more slowly; on the CPU it is so anyway",
+        ),
         ("--tensorboard", None, {"metavar": "DIR"}, "also log to DIR, where tensorboard is installed"),
     ],
-}  # fmt: skip
+}
 DEFAULTS = {flag[2:].replace("-", "_"): default for rows in FLAGS.values() for flag, default, _, _ in rows}
 
 
@@ -331,8 +366,11 @@ def run_training(run: Run, resumed: dict | None) -> None:
     if resumed:
         run.restore(resumed, resume_path(run.settings))
         what = f"seed {run.settings['seed']}, {run.settings['epochs']} epochs"
-        say(f"this run ({what}) is finished; its reports follow" if run.is_finished
-            else f"resumed after epoch {run.epoch} ({what})")  # fmt: skip
+        say(
+            f"this run ({what}) is finished; its reports follow"
+            if run.is_finished
+            else f"resumed after epoch {run.epoch} ({what})"
+        )
     if run.group.is_main:
         run.remove_left_overs()
     writer = make_writer(run.settings["tensorboard"]) if run.group.is_main else None

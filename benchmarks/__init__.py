@@ -8,8 +8,9 @@ import sys
 from pathlib import Path
 
 from checkpoints import FINAL_NAME
-from models import InputError, get_arch
-from training_run import HISTORY_NAME
+from engine.resume import HISTORY_NAME
+from errors import InputError
+from models import get_arch
 
 REPO = Path(__file__).resolve().parent.parent
 

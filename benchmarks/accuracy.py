@@ -22,10 +22,12 @@ from benchmarks.training_speed import count_multiply_adds, describe
 from checkpoints import BEST_NAME
 from console import ArgumentParser, make_output_dir, run_script
 from data import FolderImages
-from decoding import to_input
-from engine import evaluate, pick_device, to_log_probs
+from device import pick_device
+from engine.loop import evaluate, to_log_probs
+from errors import InputError
 from inference import load_model
-from models import InputError, count_parameters, list_archs
+from models import count_parameters, list_archs
+from preprocessing import to_input
 from splits import Batches, find_copies
 
 HEAD = """| arch | training | accuracy (95% interval) | with `--tta` | macro F1 | no twin in train | parameters | \

@@ -20,10 +20,10 @@ from benchmarks import check_inputs, count
 from benchmarks.prediction_speed import median_ms
 from console import ArgumentParser, run_script
 from data import walk_pictures
-from decoding import read_whole
-from faces import crop_face, find_faces
+from errors import InputError
+from faces.detector import crop_face, find_faces
 from inference import BUNDLED, load_model, predict_image
-from models import InputError
+from preprocessing import read_whole
 
 PHOTO = Path(__file__).parent.parent / "examples" / "astronaut.jpg"
 
@@ -36,8 +36,11 @@ def describe_framing(data_dir: str, pictures: int, yunet: str | None) -> str:
         pixels = read_whole(paths[index])
         side, pad = len(pixels), len(pixels) // 3
         padded = Image.fromarray(np.pad(pixels, ((pad, pad), (pad, pad), (0, 0)), mode="edge"))
-        found = find_faces(padded.resize((3 * padded.width, 3 * padded.height), Image.Resampling.BICUBIC),
-                           min_size=2 * side, yunet=yunet)  # fmt: skip
+        found = find_faces(
+            padded.resize((3 * padded.width, 3 * padded.height), Image.Resampling.BICUBIC),
+            min_size=2 * side,
+            yunet=yunet,
+        )
         if found:
             width, height = found[0].width / 3, found[0].height / 3
             shares.append(side / max(width, height))
@@ -73,10 +76,12 @@ def describe_speed(photo: Image.Image, checkpoint: str | None, rounds: int, yune
 def main() -> None:
     parser = ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--data-dir", metavar="DIR", default=".", help="its train/ is searched (default: .)")
-    parser.add_argument("--photo", metavar="FILE", default=str(PHOTO), help="a picture of a face (default: examples/"
-                        "astronaut.jpg)")  # fmt: skip
-    parser.add_argument("--checkpoint", metavar="PATH", default=str(BUNDLED), help="(default: weights/"
-                        "emotion_model.pth)")  # fmt: skip
+    parser.add_argument(
+        "--photo", metavar="FILE", default=str(PHOTO), help="a picture of a face (default: examples/astronaut.jpg)"
+    )
+    parser.add_argument(
+        "--checkpoint", metavar="PATH", default=str(BUNDLED), help="(default: weights/emotion_model.pth)"
+    )
     parser.add_argument("--pictures", type=count, default=1000, help="to measure framing on (default: 1000)")
     parser.add_argument("--rounds", type=count, default=30, help="(default: 30)")
     parser.add_argument("--yunet", metavar="FILE", help="YuNet's .onnx file, in the place of the cascade")

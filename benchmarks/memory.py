@@ -20,8 +20,9 @@ import torch
 
 from benchmarks import REPO, check_inputs, count
 from console import ArgumentParser, run_script
-from engine import keep_freed_memory
-from models import InputError, InputSpec
+from device import keep_freed_memory
+from errors import InputError
+from models import InputSpec
 from splits import draw_order, load_splits
 
 

@@ -28,9 +28,10 @@ from benchmarks import REPO, check_inputs, count
 from checkpoints import make_checkpoint, save_checkpoint
 from console import ArgumentParser, run_script
 from data import walk_pictures
-from decoding import read_image
+from errors import InputError
 from inference import load_model, predict_image, predict_probs
-from models import InputError, create_model
+from models import create_model
+from preprocessing import read_image
 
 ARCHS = ("seresnet13", "cnn6_bn", "cnn6_rgb", "cnn4_bn", "cnn4")
 CLASSES = ["angry", "disgust", "fear", "happy", "neutral", "sad", "surprise"]

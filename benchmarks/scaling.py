@@ -27,10 +27,13 @@ import torch
 
 from benchmarks import REPO, count
 from console import ArgumentParser, run_script
-from decoding import to_input
-from distributed import join, leave
-from engine import TrainStep, make_optimizer, memory_format, pick_device, pick_precision
-from models import InputError, count_parameters, create_model, get_arch
+from device import memory_format, pick_device, pick_precision
+from engine.distributed import join, leave
+from engine.loop import TrainStep
+from engine.optim import make_optimizer
+from errors import InputError
+from models import count_parameters, create_model, get_arch
+from preprocessing import to_input
 
 SIZES = (8, 64, 512)
 PAYS = 0.5  # of what n times the speed would be; below, more GPUs stop paying
@@ -105,8 +108,10 @@ def describe_estimate(parameters: int, args: argparse.Namespace) -> list[str]:
     rows += [(n, args.batch_size * n // pays) for n in SIZES if n > pays]
     for processes, batch_size in rows:
         seconds = estimate(processes, batch_size, parameters, args)
-        lines.append(f"| {processes} | {batch_size:,} | {1000 * seconds:.2f} ms | {batch_size / seconds:,.0f} | "
-                     f"{100 * efficiency(processes, batch_size):.0f}% |")  # fmt: skip
+        lines.append(
+            f"| {processes} | {batch_size:,} | {1000 * seconds:.2f} ms | {batch_size / seconds:,.0f} | "
+            f"{100 * efficiency(processes, batch_size):.0f}% |"
+        )
     recipe = get_arch(args.arch).recipe
     grown, is_sgd = SIZES[-1] // pays, recipe.optimizer == "sgd"
     factor = args.batch_size * grown / recipe.batch_size
@@ -128,8 +133,9 @@ def main() -> None:
     parser.add_argument("--steps", type=count, default=12, help="timed of each kind (default: 12)")
     parser.add_argument("--step-ms", type=float, default=10.0, help="of one GPU, for the estimate (default: 10)")
     parser.add_argument("--overhead-ms", type=float, default=1.0, help="of a step whatever its batch (default: 1)")
-    parser.add_argument("--bandwidth", type=float, default=12.5, help="GB/s of a GPU to the next (default: 12.5, "
-                        "100 Gbit/s)")  # fmt: skip
+    parser.add_argument(
+        "--bandwidth", type=float, default=12.5, help="GB/s of a GPU to the next (default: 12.5, 100 Gbit/s)"
+    )
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     args = parser.parse_args()
     args.batch_size = args.batch_size or get_arch(args.arch).recipe.batch_size
@@ -150,8 +156,10 @@ def main() -> None:
     print("| --- | --- | --- | --- | --- |")
     print(f"| 1 | {1000 * alone:.1f} ms | {args.batch_size / alone:,.0f} | none | none |")
     share = max(0.0, 1 - two["alone"] / two["exchanged"])
-    print(f"| 2 | {1000 * two['exchanged']:.1f} ms | {args.batch_size / two['exchanged']:,.0f} | {100 * share:.0f}% of "
-          f"the step | {sent_bytes(parameters, 2) / 1e6:.1f} MB |\n")  # fmt: skip
+    print(
+        f"| 2 | {1000 * two['exchanged']:.1f} ms | {args.batch_size / two['exchanged']:,.0f} | {100 * share:.0f}% of "
+        f"the step | {sent_bytes(parameters, 2) / 1e6:.1f} MB |\n"
+    )
     print("\n".join(describe_estimate(parameters, args)))
 
 

@@ -25,7 +25,8 @@ from benchmarks import check_inputs, count, train
 from checkpoints import BEST_NAME
 from console import ArgumentParser, make_output_dir, run_script
 from data import FolderImages
-from models import InputError, InputSpec, get_arch
+from errors import InputError
+from models import InputSpec, get_arch
 from reports import wilson_interval
 from train_emotion_cnn import DEFAULT_ARCH
 
@@ -101,8 +102,9 @@ def main() -> None:
     args = parser.parse_args()
     for number in args.counts:
         if number < TRAIN < number * args.seeds:
-            raise InputError(f"--counts {number}: {TRAIN:,} pictures a class have no {args.seeds} times so many; lower "
-                             "--seeds")  # fmt: skip
+            raise InputError(
+                f"--counts {number}: {TRAIN:,} pictures a class have no {args.seeds} times so many; lower --seeds"
+            )
     recipes = [SYSTEM, args.arch] if args.recipes is None else args.recipes
     check_inputs(args.data_dir, args.arch, *recipes, splits=("train", "val"))
     output_dir = make_output_dir(args.output_dir)

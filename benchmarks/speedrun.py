@@ -22,8 +22,9 @@ import torch
 from benchmarks import check_inputs, train
 from benchmarks.training_speed import describe, fastest_plain, plain_loader, plain_model, plain_step
 from console import ArgumentParser, run_script
-from engine import limit_threads, make_scheduler, pick_device
-from models import InputError
+from device import limit_threads, pick_device
+from engine.optim import make_scheduler
+from errors import InputError
 from train_emotion_cnn import DEFAULT_ARCH, settle
 
 GOALS = (0.60, 0.65)

@@ -29,15 +29,17 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision import datasets, transforms
 
-from augment import Strengths, parse_augment
 from benchmarks import check_inputs, count
 from console import ArgumentParser, run_script
-from engine import PRECISIONS, keep_freed_memory, limit_threads, pick_device, pick_precision, train_one_epoch
-from finetuning import train_mode
-from models import Dropout, InputError, InputSpec, create_model, get_arch, input_spec_for
+from device import PRECISIONS, keep_freed_memory, limit_threads, pick_device, pick_precision
+from engine.augment import Strengths, parse_augment
+from engine.loop import train_one_epoch
+from engine.pretrained import train_mode
+from engine.resume import Run
+from errors import InputError
+from models import Dropout, InputSpec, create_model, get_arch, input_spec_for
 from splits import draw_order, load_splits
 from train_emotion_cnn import settle, to_config
-from training_run import Run
 
 ARCHS = ("seresnet13", "cnn6_bn", "cnn6_rgb", "cnn4_bn", "cnn4", "mobilenet_v2")
 FER2013 = 28_709  # training pictures

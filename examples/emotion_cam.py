@@ -21,12 +21,12 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from console import ArgumentParser, check_writable, run_script
-from faces import load_opencv
-from live import Camera, watch
-from models import InputError, printable
-from overlay import draw_faces
+from errors import InputError, printable
+from faces.camera import Camera, watch
+from faces.detector import load_opencv
+from faces.overlay import draw_faces
+from faces.video import Video, VideoCopy
 from predict_emotion import BUNDLED, load_model
-from video import Video, VideoCopy
 
 TITLE = "Emotions (q ends)"
 
@@ -45,8 +45,9 @@ class Rate:
 def draw(pixels: np.ndarray, results: list, fps: float) -> Image.Image:
     image = draw_faces(pixels, results, enlarge=False)
     font = ImageFont.load_default(max(13, image.height // 30))
-    ImageDraw.Draw(image).text((8, image.height - 1.6 * font.size), f"{fps:.0f} frames/s", "white", font,
-                               stroke_width=2, stroke_fill="black")  # fmt: skip
+    ImageDraw.Draw(image).text(
+        (8, image.height - 1.6 * font.size), f"{fps:.0f} frames/s", "white", font, stroke_width=2, stroke_fill="black"
+    )
     return image
 
 
@@ -126,11 +127,13 @@ def check_target(target: Path, source: str) -> None:
 def main(argv: list[str] | None = None) -> None:
     parser = ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--source", default="0", help="a camera's number or a video file (default: 0)")
-    parser.add_argument("--checkpoint", metavar="PATH", default=str(BUNDLED), help="(default: weights/"
-                        "emotion_model.pth)")  # fmt: skip
+    parser.add_argument(
+        "--checkpoint", metavar="PATH", default=str(BUNDLED), help="(default: weights/emotion_model.pth)"
+    )
     parser.add_argument("--smooth", type=float, default=0.7, help="share that the past keeps; 0 is off (default: 0.7)")
-    parser.add_argument("--detect-every", type=int, default=3, metavar="N", help="look for faces in every Nth frame "
-                        "(default: 3)")  # fmt: skip
+    parser.add_argument(
+        "--detect-every", type=int, default=3, metavar="N", help="look for faces in every Nth frame (default: 3)"
+    )
     parser.add_argument("--min-face", type=int, default=60, metavar="PIXELS", help="the smallest face (default: 60)")
     parser.add_argument("--yunet", metavar="FILE", help="YuNet's .onnx file, in the place of the cascade")
     parser.add_argument("--headless", metavar="FILE", help="write to this .mp4 file instead of showing a window")

@@ -17,12 +17,12 @@ from urllib.parse import quote
 import numpy as np
 
 from console import ArgumentParser, run_script
-from decoding import read_whole
-from faces import Face
-from live import Camera, watch
-from models import InputError, printable
+from errors import InputError, printable
+from faces.camera import Camera, watch
+from faces.detector import Face
+from faces.video import Video, is_video
 from predict_emotion import BUNDLED, CROP_SIZE, load_model, predict_image
-from video import Video, is_video
+from preprocessing import read_whole
 
 SONGS = Path(__file__).with_name("songs.toml")
 SERVICES = {
@@ -95,8 +95,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--songs", metavar="FILE", default=str(SONGS), help="(default: examples/songs.toml)")
     parser.add_argument("--service", choices=SERVICES, default="youtube", help="where to search (default: youtube)")
     parser.add_argument("--no-browser", action="store_true", help="print the address instead of opening it")
-    parser.add_argument("--checkpoint", metavar="PATH", default=str(BUNDLED), help="(default: weights/"
-                        "emotion_model.pth)")  # fmt: skip
+    parser.add_argument(
+        "--checkpoint", metavar="PATH", default=str(BUNDLED), help="(default: weights/emotion_model.pth)"
+    )
     args = parser.parse_args(argv)
     if not args.seconds > 0:
         raise InputError(f"--seconds must be above 0, not {args.seconds:g}")

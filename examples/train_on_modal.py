@@ -22,7 +22,7 @@ import modal
 
 from checkpoints import FINAL_NAME, replace_file
 from console import ArgumentParser, make_output_dir
-from models import InputError
+from errors import InputError
 
 NAME = "facial-emotions"
 GPU = os.environ.get("EMOTION_GPU", "T4")  # or L4, A10G, A100, H100, with :2 and so on for several
@@ -109,8 +109,9 @@ def download(source: str, folder: Path) -> list[str]:
 @app.local_entrypoint()
 def main(*arguments: str) -> None:
     parser = ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--data-dir", metavar="DIR", default=".", help="holds train/ and, where there are, val/ and "
-                        "test/ (default: .)")  # fmt: skip
+    parser.add_argument(
+        "--data-dir", metavar="DIR", default=".", help="holds train/ and, where there are, val/ and test/ (default: .)"
+    )
     parser.add_argument("--output-dir", metavar="DIR", default=".", help="for the results, at the end (default: .)")
     parser.add_argument("--run", metavar="NAME", help="go on with an earlier run (default: a new one)")
     args, flags = parser.parse_known_args(arguments)

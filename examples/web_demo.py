@@ -16,11 +16,12 @@ from pathlib import Path
 
 from console import ArgumentParser, run_script
 from data import walk_pictures
-from decoding import read_whole
-from faces import Face, opencv_problem
-from models import InputError, count_parameters, printable
-from overlay import draw_faces
+from errors import InputError, printable
+from faces.detector import Face, opencv_problem
+from faces.overlay import draw_faces
+from models import count_parameters
 from predict_emotion import BUNDLED, CROP_SIZE, load_model, predict_faces, predict_image
+from preprocessing import read_whole
 
 PHOTO = Path(__file__).parent / "astronaut.jpg"
 DRAWINGS = Path(__file__).parent.parent / "test"
@@ -81,8 +82,9 @@ def build_page(gr, model, path: str):
                 examples = [path for path in [str(PHOTO), *drawings] if os.path.isfile(path)]
                 gr.Examples(examples, photo, examples_per_page=8)
             with gr.Column():
-                annotated = gr.Image(label="Faces", interactive=False, format="jpeg", height=400,
-                                     buttons=["download", "fullscreen"])  # none that shares  # fmt: skip
+                annotated = gr.Image(
+                    label="Faces", interactive=False, format="jpeg", height=400, buttons=["download", "fullscreen"]
+                )  # none that shares
                 message = gr.Markdown(elem_id="message")
                 labels = gr.State([])
 
@@ -113,8 +115,9 @@ def find_port(host: str, wanted: int | None) -> int:
 
 def main(argv: list[str] | None = None) -> None:
     parser = ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--checkpoint", metavar="PATH", default=str(BUNDLED), help="(default: weights/"
-                        "emotion_model.pth)")  # fmt: skip
+    parser.add_argument(
+        "--checkpoint", metavar="PATH", default=str(BUNDLED), help="(default: weights/emotion_model.pth)"
+    )
     parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 lets other computers in (default: 127.0.0.1)")
     parser.add_argument("--port", type=int, help="(default: the first free one from 7860 on)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
@@ -129,8 +132,15 @@ def main(argv: list[str] | None = None) -> None:
     with tempfile.TemporaryDirectory(prefix="emotion_page_") as folder:
         os.environ["GRADIO_TEMP_DIR"] = folder
         page = build_page(gr, model, os.path.basename(args.checkpoint))
-        page.launch(server_name=args.host, server_port=port, share=False, ssr_mode=False, quiet=True,
-                    prevent_thread_lock=True, footer_links=[])  # fmt: skip
+        page.launch(
+            server_name=args.host,
+            server_port=port,
+            share=False,
+            ssr_mode=False,
+            quiet=True,
+            prevent_thread_lock=True,
+            footer_links=[],
+        )
         print(f"open http://{args.host}:{port} in a browser; Ctrl-C ends", flush=True)
         while not ended.wait(0.2):  # on Windows a wait without end hears no Ctrl-C
             pass

@@ -9,9 +9,9 @@ from conftest import draw_folder, draw_picture
 from PIL import Image, ImageEnhance
 
 import prepare_data
-from audit import audit, find_near_pairs, format_audit, hash_pictures
 from console import run_script
-from models import InputError
+from errors import InputError
+from prepare.audit import audit, find_near_pairs, format_audit, hash_pictures
 
 
 @pytest.fixture
@@ -25,8 +25,9 @@ def folder(tmp_path):
 def test_clean_folder(folder):
     found = audit(folder)
     assert found["count"] == 26 and found["counts"] == {
-        "train": {"happy": 12, "sad": 6}, "test": {"happy": 4, "sad": 4}
-    }  # fmt: skip
+        "train": {"happy": 12, "sad": 6},
+        "test": {"happy": 4, "sad": 4},
+    }
     assert found["groups"] == found["unreadable"] == found["blank"] == []
     assert found["leaks"] == {"test": {"identical": 0, "near": 0}} and found["kinds"] == {"L 48 x 48": 26}
     assert "2.0 times the pictures of the smallest" in format_audit(found)

@@ -3,9 +3,10 @@ import math
 import pytest
 import torch
 
-from augment import PRESETS, Strengths, affine_matrices, augment, parse_augment
-from decoding import to_input
-from models import InputError, InputSpec
+from engine.augment import PRESETS, Strengths, affine_matrices, augment, parse_augment
+from errors import InputError
+from models import InputSpec
+from preprocessing import to_input
 
 GRAY = InputSpec(image_size=24)
 COLOUR = InputSpec(24, 3, (0.4, 0.5, 0.6), (0.2, 0.3, 0.4))
@@ -174,8 +175,9 @@ def test_window_cuts_out_a_part_at_the_same_scale():
 def test_window_without_a_shift_is_the_middle():
     images = torch.randint(0, 256, (1, 1, 24, 24), dtype=torch.uint8, generator=seeded())
     half = torch.full((8, 1), 0.5)
-    grid = torch.nn.functional.affine_grid(affine_matrices(half, Strengths(window=0.75)), [1, 1, 18, 18],
-                                           align_corners=False)  # fmt: skip
+    grid = torch.nn.functional.affine_grid(
+        affine_matrices(half, Strengths(window=0.75)), [1, 1, 18, 18], align_corners=False
+    )
     seen = torch.nn.functional.grid_sample(images.float(), grid, align_corners=False)
     torch.testing.assert_close(seen, images[:, :, 3:21, 3:21].float(), atol=0.01, rtol=0)
 

@@ -11,7 +11,7 @@ from conftest import draw_folder, open_portrait
 
 from benchmarks import small_data, speedrun
 from console import run_script
-from video import VideoCopy
+from faces.video import VideoCopy
 
 REPO = Path(__file__).resolve().parent.parent
 
@@ -181,10 +181,18 @@ def test_a_mistake_found_in_one_of_the_processes_is_one_line(pictures):
 
 
 @pytest.mark.parametrize(
-    "words", [("training_speed", "--rounds", 0), ("prediction_speed", "--pictures", 0), ("memory", "--sizes", -5),
-              ("precision", "--arch", "nope"), ("accuracy", "--arch", "nope"),
-              ("speedrun", "--plain", "nope"), ("speedrun", "--plain", "cnn6_rgb"), ("small_data", "--counts", 0)]
-)  # fmt: skip
+    "words",
+    [
+        ("training_speed", "--rounds", 0),
+        ("prediction_speed", "--pictures", 0),
+        ("memory", "--sizes", -5),
+        ("precision", "--arch", "nope"),
+        ("accuracy", "--arch", "nope"),
+        ("speedrun", "--plain", "nope"),
+        ("speedrun", "--plain", "cnn6_rgb"),
+        ("small_data", "--counts", 0),
+    ],
+)
 def test_a_wrong_flag_is_one_line_before_anything_is_measured(faces, refuse, words):
     out, err = refuse(*words, "--data-dir", faces)
     assert out == "" and len(err.splitlines()) == 1 and str(words[2]) in err

@@ -20,7 +20,8 @@ from checkpoints import (
     replace_file,
     save_checkpoint,
 )
-from models import InputError, create_model, list_archs
+from errors import InputError
+from models import create_model, list_archs
 
 NAMES = ["angry", "happy", "sad"]
 
@@ -73,10 +74,23 @@ def test_round_trip(arch, tmp_path):
 def test_keys_and_plain_types_only(saved):
     path, checkpoint = saved
     loaded = torch.load(path, map_location="cpu", weights_only=True)
-    assert set(loaded) == set(checkpoint) == {
-        "format_version", "arch", "num_classes", "class_names", "input_spec", "temperature", "trained_on",
-        "state_dict", "epoch", "metrics", "config",
-    }  # fmt: skip
+    assert (
+        set(loaded)
+        == set(checkpoint)
+        == {
+            "format_version",
+            "arch",
+            "num_classes",
+            "class_names",
+            "input_spec",
+            "temperature",
+            "trained_on",
+            "state_dict",
+            "epoch",
+            "metrics",
+            "config",
+        }
+    )
 
     def check(value):
         if type(value) in (dict, list):
@@ -535,15 +549,18 @@ def test_weights_at_another_image_size_are_refused(tmp_path):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("layout", [
-    lambda weights: {"state_dict": weights, "epoch": 3},
-    lambda weights: {"model_state_dict": weights, "optimizer_state_dict": {"state": {}}},
-    lambda weights: {"model": weights},
-    lambda weights: {f"module.{key}": value for key, value in weights.items()},
-    lambda weights: {"state_dict": {f"module.{key}": value for key, value in weights.items()}},
-    lambda weights: {"state_dict": {f"model.{key}": value for key, value in weights.items()}},
-    lambda weights: {f"_orig_mod.{key}": value for key, value in weights.items()},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "layout",
+    [
+        lambda weights: {"state_dict": weights, "epoch": 3},
+        lambda weights: {"model_state_dict": weights, "optimizer_state_dict": {"state": {}}},
+        lambda weights: {"model": weights},
+        lambda weights: {f"module.{key}": value for key, value in weights.items()},
+        lambda weights: {"state_dict": {f"module.{key}": value for key, value in weights.items()}},
+        lambda weights: {"state_dict": {f"model.{key}": value for key, value in weights.items()}},
+        lambda weights: {f"_orig_mod.{key}": value for key, value in weights.items()},
+    ],
+)
 def test_weights_in_the_layouts_of_other_tools(layout, tmp_path):
     old, new = tiny(seed=1), tiny(seed=2)
     torch.save(layout(old.state_dict()), tmp_path / "old.pth")
@@ -581,7 +598,7 @@ def test_files_without_permission():
     code = """
         import io, os, pathlib, torch
         from checkpoints import read_checkpoint, replace_file
-        from models import InputError
+        from errors import InputError
 
         buffer = io.BytesIO()
         torch.save({}, buffer)  # torch imports a part of itself only now
@@ -619,11 +636,21 @@ def test_files_without_permission():
     assert "model.pth" in unreachable and "\n" not in unreachable
 
 
-@pytest.mark.parametrize("change", [
-    {"metrics": {"\x1b]0;title\x07": 1.0}}, {"config": {"\x1b[2J": 1}}, {"config": {5: 1}}, {"arch": "\x1b[31m"},
-    {"temperature": 0.0}, {"temperature": float("nan")}, {"temperature": -1.0}, {"temperature": float("inf")},
-    {"class_names": ["angry", "\x1b[2J", "sad"]}, {"class_names": ["angry", "a\nb", "sad"]},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"metrics": {"\x1b]0;title\x07": 1.0}},
+        {"config": {"\x1b[2J": 1}},
+        {"config": {5: 1}},
+        {"arch": "\x1b[31m"},
+        {"temperature": 0.0},
+        {"temperature": float("nan")},
+        {"temperature": -1.0},
+        {"temperature": float("inf")},
+        {"class_names": ["angry", "\x1b[2J", "sad"]},
+        {"class_names": ["angry", "a\nb", "sad"]},
+    ],
+)
 def test_what_would_be_printed_or_divided_by_is_checked(saved, change):
     path, checkpoint = saved
     save_checkpoint(checkpoint | change, path)

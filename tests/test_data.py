@@ -15,10 +15,11 @@ from conftest import draw_folder, draw_picture, run_as_user
 from PIL import Image
 
 import data
-import decoding
+import preprocessing
 from data import FolderImages, find_classes, is_sample_set, printable, walk_pictures
-from decoding import normalise, read_image, to_input
-from models import InputError, InputSpec
+from errors import InputError
+from models import InputSpec
+from preprocessing import normalize, read_image, to_input
 
 GRAY = InputSpec(image_size=24)
 COLOUR = InputSpec(24, 3, (0.5,) * 3, (0.5,) * 3)
@@ -299,7 +300,7 @@ def test_other_sources_are_refused(source):
 
 
 def test_more_pixels_than_allowed_are_refused_before_decoding(tmp_path, monkeypatch):
-    monkeypatch.setattr(decoding, "MAX_PIXELS", 500)
+    monkeypatch.setattr(preprocessing, "MAX_PIXELS", 500)
     read_image(saved(draw_picture(1, 22), tmp_path / "ok.png"), GRAY)
     path = saved(draw_picture(1, 23), tmp_path / "large.png")
     path.write_bytes(path.read_bytes()[:60])  # decoding would find it truncated
@@ -323,7 +324,7 @@ def test_to_input_scales_and_normalises_by_channel():
     got = to_input(images, spec)
     assert got.dtype == torch.float32
     torch.testing.assert_close(got, expected.float())
-    torch.testing.assert_close(normalise(images.float() / 255, spec), expected.float())
+    torch.testing.assert_close(normalize(images.float() / 255, spec), expected.float())
     one = images[:, :1]
     torch.testing.assert_close(to_input(one, spec), to_input(one.expand(-1, 3, -1, -1), spec))
 
@@ -382,8 +383,10 @@ def test_links_are_followed_and_loops_end(tmp_path):
     (root / "happy" / "loop").symlink_to(root / "happy")
     (root / "happy" / "single.png").symlink_to(outside / "more_000.png")
     names = [os.path.relpath(entry.path, root) for entry in walk_pictures(root / "happy")]
-    assert names == [f"happy/{name}" for name in (
-        "happy_000.png", "happy_001.png", "linked/more_000.png", "linked/more_001.png", "single.png")]  # fmt: skip
+    assert names == [
+        f"happy/{name}"
+        for name in ("happy_000.png", "happy_001.png", "linked/more_000.png", "linked/more_001.png", "single.png")
+    ]
 
 
 @pytest.mark.parametrize("name", ["round.png", "round"])
@@ -468,10 +471,10 @@ def test_a_picture_that_the_system_gives_again_is_taken_up(tmp_path, monkeypatch
             raise OSError(24, "Too many open files")
         return open(source, *args, **options)
 
-    monkeypatch.setattr(decoding, "open", refuse_one, raising=False)  # the operating system's
+    monkeypatch.setattr(preprocessing, "open", refuse_one, raising=False)  # the operating system's
     assert list(FolderImages(root, GRAY).unreadable) == [victim]
     assert list(FolderImages(root, GRAY).unreadable) == [victim]
-    monkeypatch.delattr(decoding, "open")
+    monkeypatch.delattr(preprocessing, "open")
     images = FolderImages(root, GRAY)
     assert images.unreadable == {} and len(images) == 5
 
@@ -810,7 +813,8 @@ def test_permissions():
         import numpy as np
         from PIL import Image
         from data import FolderImages
-        from models import InputError, InputSpec
+        from errors import InputError
+        from models import InputSpec
 
         Image.init()
         become_user()
@@ -865,7 +869,7 @@ def write_files(folder, count, size):
 @pytest.mark.parametrize("count", [0, 1, 7, 8, 50])
 def test_chunks_come_in_order_and_whole(tmp_path, count, size):
     sources = write_files(tmp_path, count, size)
-    chunks = list(decoding.in_chunks(sources, lambda chunk: [os.path.basename(path) for path in chunk], 7))
+    chunks = list(preprocessing.in_chunks(sources, lambda chunk: [os.path.basename(path) for path in chunk], 7))
     assert [start for start, _ in chunks] == list(range(0, count, 7))
     assert [int(name) for _, names in chunks for name in names] == list(range(count))
 
@@ -879,7 +883,7 @@ def test_chunks_are_decoded_ahead_but_not_all_at_once(tmp_path, ahead, expected)
         if len(decoded) == expected:
             enough.set()
 
-    chunks = decoding.in_chunks(write_files(tmp_path, 40, 10), decode, 1, ahead=ahead)
+    chunks = preprocessing.in_chunks(write_files(tmp_path, 40, 10), decode, 1, ahead=ahead)
     next(chunks)
     next(chunks)
     assert enough.wait(60)
@@ -892,8 +896,8 @@ def test_small_files_get_one_decoder_and_large_ones_many(tmp_path, monkeypatch):
     for size, decoders in ((1_600, 1), (50_000, 4)):
         folder = tmp_path / str(size)
         folder.mkdir()
-        assert decoding._count_decoders(write_files(folder, 20, size)) == decoders
-    assert decoding._count_decoders([np.zeros((4, 4), np.uint8)] * 5) == 4
+        assert preprocessing._count_decoders(write_files(folder, 20, size)) == decoders
+    assert preprocessing._count_decoders([np.zeros((4, 4), np.uint8)] * 5) == 4
 
 
 @pytest.mark.parametrize(("stored", "channels"), [(1, 1), (1, 3), (3, 3)])
@@ -901,7 +905,7 @@ def test_normalise_is_mean_and_std_of_each_channel(stored, channels):
     spec = InputSpec(48, channels, (0.4, 0.5, 0.6)[:channels], (0.2, 0.3, 0.25)[:channels])
     images = torch.rand(4, stored, 48, 48)
     mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in (spec.mean, spec.std))
-    assert torch.equal(normalise(images, spec), (images - mean) / std)
+    assert torch.equal(normalize(images, spec), (images - mean) / std)
 
 
 @pytest.mark.skipif(os.name != "posix", reason="puts a program on the path")

@@ -19,16 +19,32 @@ from PIL import Image
 
 import train_emotion_cnn
 from checkpoints import BEST_NAME, FINAL_NAME, read_checkpoint
-from decoding import read_image
-from distributed import Group
+from engine.distributed import Group
 from predict_emotion import load_model
+from preprocessing import read_image
 from splits import Batches
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
 
 REPO = Path(__file__).resolve().parent.parent
-PLAIN = ["--arch", "plain_cnn4", "--augment", "none", "--precision", "fp32", "--optimizer", "sgd", "--lr", "0.003",
-         "--weight-decay", "0", "--schedule", "none", "--batch-size", "33"]  # fmt: skip
+PLAIN = [
+    "--arch",
+    "plain_cnn4",
+    "--augment",
+    "none",
+    "--precision",
+    "fp32",
+    "--optimizer",
+    "sgd",
+    "--lr",
+    "0.003",
+    "--weight-decay",
+    "0",
+    "--schedule",
+    "none",
+    "--batch-size",
+    "33",
+]
 SUMS = [*PLAIN, "--epochs", "2", "--class-weights", "balanced", "--clip-grad", "0.05", "--grad-accum", "2"]
 SCRIPT = '''
 import sys
@@ -48,7 +64,7 @@ def plain_cnn4(num_classes, image_size, dropout):
 
 if __name__ == "__main__":
     run_script(train_emotion_cnn.main)
-'''  # fmt: skip
+'''
 SEVERAL = """
 import json, os, sys
 from train import run_script, train_emotion_cnn
@@ -148,8 +164,17 @@ def test_sums_of_parts(root, alone):
 
 def test_two_machines_train_the_same_network(root, alone):
     where = ("--nnodes", "2", "--nproc-per-node", "1", "--master-addr", "127.0.0.1", "--master-port", str(free_port()))
-    nodes = [start(root, "nodes", *PLAIN, "--epochs", "4",
-                   launcher=("-m", "torch.distributed.run", *where, "--node-rank", rank)) for rank in "01"]  # fmt: skip
+    nodes = [
+        start(
+            root,
+            "nodes",
+            *PLAIN,
+            "--epochs",
+            "4",
+            launcher=("-m", "torch.distributed.run", *where, "--node-rank", rank),
+        )
+        for rank in "01"
+    ]
     for node in nodes:
         finish(node)
     assert_same_run(read_checkpoint(root / "nodes" / FINAL_NAME), alone)
@@ -201,12 +226,15 @@ def test_a_worker_that_dies(root, victim):
         assert read_checkpoint(root / f"killed{victim}" / name)["epoch"] >= (2 if name == FINAL_NAME else 1)
 
 
-@pytest.mark.parametrize(("args", "message"), [
-    (["--data-dir", "nowhere"], "error: no folder nowhere"),
-    (["--batch-size", "2"], "error: --batch-size 2 .* too few for 2 processes"),
-    (["--epochs", "x"], "error: .*--epochs"),
-    (["--lr", "1e30", "--epochs", "2"], "error: epoch 1: the loss became nan|error: epoch 1: the loss became inf"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--data-dir", "nowhere"], "error: no folder nowhere"),
+        (["--batch-size", "2"], "error: --batch-size 2 .* too few for 2 processes"),
+        (["--epochs", "x"], "error: .*--epochs"),
+        (["--lr", "1e30", "--epochs", "2"], "error: epoch 1: the loss became nan|error: epoch 1: the loss became inf"),
+    ],
+)
 def test_one_line_for_all_processes(root, args, message):
     process = start(root, "one_line", *PLAIN, *args)
     _, err = process.communicate(timeout=300)
@@ -236,5 +264,3 @@ def test_every_picture_is_seen_once_in_equally_many_steps(size):
         assert sum(sizes) == count and min(sizes) >= 2 and max(sizes) - min(sizes) <= 1
     seen = torch.cat([images.flatten() for share in shares for images, _ in share])
     assert sorted(seen.tolist()) == list(range(53))
-
-

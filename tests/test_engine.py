@@ -5,26 +5,13 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from decoding import to_input
-from engine import (
-    Ema,
-    TrainStep,
-    autocast,
-    cpu_limit,
-    evaluate,
-    fit_temperature,
-    loss_and_accuracy,
-    make_optimizer,
-    make_scheduler,
-    pick_device,
-    pick_precision,
-    seed_for,
-    steps_per_batch,
-    to_log_probs,
-    train_one_epoch,
-)
-from finetuning import freeze, train_mode
-from models import InputError, InputSpec, create_model
+from device import autocast, cpu_limit, pick_device, pick_precision
+from engine.loop import TrainStep, evaluate, fit_temperature, loss_and_accuracy, seed_for, to_log_probs, train_one_epoch
+from engine.optim import Ema, make_optimizer, make_scheduler, steps_per_batch
+from engine.pretrained import freeze, train_mode
+from errors import InputError
+from models import InputSpec, create_model
+from preprocessing import to_input
 
 CPU = torch.device("cpu")
 SPEC = InputSpec(image_size=8)
@@ -284,9 +271,13 @@ def test_onecycle_peaks_at_the_learning_rate():
     assert lrs[0] < 0.01 and lrs[-1] < 0.001 and lrs.index(max(lrs)) == 0.3 * 40 - 1
 
 
-@pytest.mark.parametrize(("optimizer", "momentum"), [
-    ("sgd", lambda group: group["momentum"]), ("adamw", lambda group: group["betas"][0]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("optimizer", "momentum"),
+    [
+        ("sgd", lambda group: group["momentum"]),
+        ("adamw", lambda group: group["betas"][0]),
+    ],
+)
 def test_onecycle_lowers_the_momentum_while_it_raises_the_rate(optimizer, momentum):
     optimizer = make_optimizer(optimizer, plain_network(), lr=0.1, weight_decay=0.0)
     scheduler, seen = make_scheduler("onecycle", optimizer, total_steps=40), []
@@ -407,9 +398,7 @@ def test_tta_is_the_mean_over_the_mirrored_picture(temperature):
     model, (images, labels) = plain_network().eval(), pictures(6)
     log_probs = to_log_probs(evaluate(model, split(images, labels, 4), prepare, tta=True)[0], temperature)
     with torch.no_grad():
-        plain, mirrored = (
-            F.softmax(model(prepare(view)) / temperature, 1) for view in (images, images.flip(-1))
-        )
+        plain, mirrored = (F.softmax(model(prepare(view)) / temperature, 1) for view in (images, images.flip(-1)))
     assert (plain - mirrored).abs().max() > 0.01
     torch.testing.assert_close(log_probs.exp(), (plain + mirrored) / 2)
 

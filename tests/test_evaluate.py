@@ -19,10 +19,10 @@ import evaluate_emotion
 import train_emotion_cnn
 from checkpoints import BEST_NAME, save_checkpoint
 from console import run_script
-from decoding import read_image
 from inference import predict_probs
 from models import create_model
 from predict_emotion import load_model, predict_images
+from preprocessing import read_image
 
 REPO = Path(__file__).resolve().parent.parent
 NAMES = ["angry", "happy", "sad"]
@@ -114,8 +114,18 @@ def test_it_agrees_with_the_report_of_training(request, measure, name):
     metrics = measure(root, "--data-dir", root / "data")
     trained = json.loads((root / "out" / "metrics.json").read_text(encoding="utf-8"))
     assert metrics["split"] == "test" and metrics["tta"] is False
-    for key in ("count", "accuracy", "accuracy_interval", "macro_f1", "balanced_accuracy", "per_class", "class_names",
-                "confusion_matrix", "arch", "epoch"):  # fmt: skip
+    for key in (
+        "count",
+        "accuracy",
+        "accuracy_interval",
+        "macro_f1",
+        "balanced_accuracy",
+        "per_class",
+        "class_names",
+        "confusion_matrix",
+        "arch",
+        "epoch",
+    ):
         assert metrics[key] == trained[key], key
     assert metrics["loss"] == pytest.approx(trained["loss"], rel=1e-5)
     assert_measures(metrics, *probabilities(root, root / "data" / "test"))
@@ -258,8 +268,14 @@ def test_the_script_itself(with_share, tmp_path):
     """Its defaults: the best checkpoint and test/ of the current folder."""
     shutil.copytree(with_share / "data" / "test", tmp_path / "test")
     shutil.copy(with_share / "out" / BEST_NAME, tmp_path)
-    done = subprocess.run([sys.executable, str(REPO / "evaluate_emotion.py")], cwd=tmp_path, capture_output=True,
-                          encoding="utf-8", timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, str(REPO / "evaluate_emotion.py")],
+        cwd=tmp_path,
+        capture_output=True,
+        encoding="utf-8",
+        timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
     assert (done.returncode, done.stderr) == (0, f"using {BEST_NAME}\n")
     report = (with_share / "out" / "classification_report.txt").read_text(encoding="utf-8")
     assert report in done.stdout
@@ -282,15 +298,18 @@ def test_missing_splits(with_share, run, tmp_path):
         assert_one_line(err, str(tmp_path / folder))
 
 
-@pytest.mark.parametrize(("args", "words"), [
-    (["--split", "all"], ["--split", "all", "test"]),
-    (["--batch-size", "0"], ["--batch-size", "0"]),
-    (["--batch-size", "many"], ["--batch-size", "many"]),
-    (["--device", "warp"], ["--device", "warp"]),
-    (["--device", "cpu", "--precision", "fp16"], ["--precision", "fp16"]),
-    (["--checkpoint", "none.pth"], ["none.pth"]),
-    (["picture.png"], ["picture.png"]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["--split", "all"], ["--split", "all", "test"]),
+        (["--batch-size", "0"], ["--batch-size", "0"]),
+        (["--batch-size", "many"], ["--batch-size", "many"]),
+        (["--device", "warp"], ["--device", "warp"]),
+        (["--device", "cpu", "--precision", "fp16"], ["--precision", "fp16"]),
+        (["--checkpoint", "none.pth"], ["none.pth"]),
+        (["picture.png"], ["picture.png"]),
+    ],
+)
 def test_mistakes(with_share, run, tmp_path, args, words):
     code, _, err = run(with_share, "--data-dir", with_share / "data", *args)
     assert code == 2
@@ -300,9 +319,11 @@ def test_mistakes(with_share, run, tmp_path, args, words):
 def test_weights_in_the_layouts_of_other_tools_are_sent_to_training(run, tmp_path):
     weights = create_model("cnn4_bn", 3).state_dict()
     layouts = [
-        {"state_dict": weights, "class_names": NAMES}, {"model_state_dict": weights, "classes": NAMES},
-        {"model": weights, "class_to_idx": {}}, {f"module.{key}": value for key, value in weights.items()},
-    ]  # fmt: skip
+        {"state_dict": weights, "class_names": NAMES},
+        {"model_state_dict": weights, "classes": NAMES},
+        {"model": weights, "class_to_idx": {}},
+        {f"module.{key}": value for key, value in weights.items()},
+    ]
     draw_folder(tmp_path / "test", {"angry": 1, "happy": 1})
     for layout in layouts:
         torch.save(layout, tmp_path / "other.pth")

@@ -17,12 +17,12 @@ from test_predict import write_checkpoint
 
 import evaluate_emotion
 import export_emotion
-import exporting
 import predict_emotion
 from console import run_script
-from decoding import read_image
-from exporting import FORMATS
+from export import formats as exporting
+from export.formats import FORMATS
 from predict_emotion import load_model, predict_image, predict_images
+from preprocessing import read_image
 
 for package in ("onnx", "onnxscript", "onnxruntime", "safetensors"):
     pytest.importorskip(package, reason=f"needs {package}")
@@ -76,12 +76,14 @@ def test_exported_file_is_used_like_a_checkpoint(run, folder, file, tmp_path):
     exported, exported_names = load_model(folder / file, trust=True)
     pictures = [draw_picture(seed) for seed in range(5)]
     assert names == exported_names
-    for expected, found in zip(predict_images(model, pictures, names), predict_images(exported, pictures, names),
-                               strict=True):  # fmt: skip
+    for expected, found in zip(
+        predict_images(model, pictures, names), predict_images(exported, pictures, names), strict=True
+    ):
         assert expected[0] == found[0]
         assert found[2] == pytest.approx(expected[2], abs=0.01)
-    assert predict_image(exported, pictures[0], names)[1] == pytest.approx(predict_image(model, pictures[0], names)[1],
-                                                                           abs=0.01)  # fmt: skip
+    assert predict_image(exported, pictures[0], names)[1] == pytest.approx(
+        predict_image(model, pictures[0], names)[1], abs=0.01
+    )
     trust = ["--trust"] if file.endswith((".pt", ".pt2")) else []
     rows = []
     for name, more in (("model.pth", []), (file, trust)):
@@ -131,7 +133,10 @@ def test_exported_file_runs_without_this_project(folder, name):
     model, _ = load_model(folder / "model.pth")
     images = np.stack([read_image(draw_picture(seed), model.input_spec) for seed in range(7)])
     np.save(folder / "images.npy", images)
-    code = "import json, numpy, sys\n" + textwrap.dedent(BARE[name]) + textwrap.dedent("""
+    code = (
+        "import json, numpy, sys\n"
+        + textwrap.dedent(BARE[name])
+        + textwrap.dedent("""
         try:
             import models
         except ImportError:
@@ -139,8 +144,10 @@ def test_exported_file_runs_without_this_project(folder, name):
             probs = [run(images[:count]).tolist() for count in (1, 2, 7)]
             print(json.dumps([info, probs]))
     """)
-    done = subprocess.run([sys.executable, "-I", "-W", "ignore", "-c", code], cwd=folder, capture_output=True,
-                          text=True, timeout=300)  # fmt: skip
+    )
+    done = subprocess.run(
+        [sys.executable, "-I", "-W", "ignore", "-c", code], cwd=folder, capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stderr
     info, probs = json.loads(done.stdout)
     expected = torch.softmax(model((torch.from_numpy(images).float() / 255 - 0.5) / 0.5) / 1.7, 1).detach().numpy()
@@ -344,8 +351,9 @@ def test_torch_hub(tmp_path):
         model = torch.hub.load({str(REPO)!r}, "emotion_model", source="local", device="cpu")
         print(model.arch, len(model.class_names), model.training)
     """
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], cwd=tmp_path, capture_output=True, text=True,
-                          timeout=300)  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], cwd=tmp_path, capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["seresnet13", "7", "False"]
 

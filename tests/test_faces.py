@@ -18,13 +18,13 @@ from conftest import draw_picture, open_faceless, open_portrait
 from PIL import Image
 from test_predict import write_checkpoint
 
-import faces
 import predict_emotion
 from console import run_script
-from faces import Face, crop_face, find_faces
+from errors import InputError
+from faces import detector as faces
+from faces.detector import Face, crop_face, find_faces
+from faces.overlay import Targets, draw_faces
 from inference import classify, classify_on_cores, make_finder
-from models import InputError
-from overlay import Targets, draw_faces
 from predict_emotion import load_model, predict_faces, predict_image
 
 REPO = Path(__file__).resolve().parent.parent
@@ -302,8 +302,12 @@ def test_every_face_gets_a_row(photos, run, loaded, tmp_path):
     assert err.splitlines()[-1] == "4 pictures, 3 faces, 1 without a face"
     rows = rows_of(tmp_path / "p.csv")
     assert [(Path(row["file"]).name, row["face"]) for row in rows] == [
-        ("arms.png", "none"), ("crop.png", "whole"), ("group.png", "1"), ("group.png", "2"), ("portrait.jpg", "1"),
-    ]  # fmt: skip
+        ("arms.png", "none"),
+        ("crop.png", "whole"),
+        ("group.png", "1"),
+        ("group.png", "2"),
+        ("portrait.jpg", "1"),
+    ]
     arms, crop, first, second, _ = rows
     assert arms["emotion"] == arms["confidence"] == arms["left"] == arms["happy"] == ""
     assert crop["left"] == "" and crop["emotion"] == predict_image(loaded[1], photos / "crop.png", NAMES)[0]
@@ -353,8 +357,12 @@ def test_annotated_pictures(photos, run, tmp_path):
     before = {path: path.read_bytes() for path in photos.rglob("*") if path.is_file()}
     assert run(photos, "--annotate", tmp_path / "out")[0] == 0
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
-        "arms.faces.jpg", "arms-2.faces.jpg", "crop.faces.jpg", "group.faces.jpg", "portrait.faces.jpg"
-    }  # fmt: skip
+        "arms.faces.jpg",
+        "arms-2.faces.jpg",
+        "crop.faces.jpg",
+        "group.faces.jpg",
+        "portrait.faces.jpg",
+    }
     assert {path: path.read_bytes() for path in before} == before
     with Image.open(tmp_path / "out" / "portrait.faces.jpg") as image, Image.open(photos / "portrait.jpg") as original:
         changed = np.abs(np.asarray(image.resize((512, 512)), int) - np.asarray(original, int)).max(2) > 60
@@ -441,7 +449,7 @@ def test_a_thread_waits_until_another_has_imported_opencv(tmp_path):
     """)
     code = """if True:
         import sys, threading
-        from faces import opencv_problem
+        from faces.detector import opencv_problem
 
         first = threading.Thread(target=opencv_problem)
         first.start()

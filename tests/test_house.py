@@ -37,7 +37,8 @@ MODULES = {  # module: (what it may import at its top, what inside functions as 
     "reports": ("numpy", "sklearn matplotlib"),
     "splits": ("data distributed models numpy torch", ""),
     "training_run": (
-        "augment checkpoints decoding distributed engine finetuning models reports splits numpy torch", ""
+        "augment checkpoints decoding distributed engine finetuning models reports splits numpy torch",
+        "",
     ),
     "finetuning": ("models torch", "torchvision"),
     "video": ("checkpoints faces inference models overlay numpy torch tqdm", "reports"),
@@ -72,8 +73,9 @@ def functions(tree):
 def imports_at_top(path):
     tree = parse(path)
     inside = {id(part) for function in functions(tree) for part in ast.walk(function)}
-    return imported([node for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)
-                     and id(node) not in inside])
+    return imported(
+        [node for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom) and id(node) not in inside]
+    )
 
 
 def imports_anywhere(path):
@@ -90,9 +92,24 @@ def allowed(name):
 
 def test_every_file_is_in_the_table():
     assert set(FILES) <= set(SCRIPTS) | set(MODULES)
-    assert {"models", "checkpoints", "decoding", "data", "augment", "splits", "engine", "training_run", "reports",
-            "drawing", "evaluate_emotion", "predict_emotion", "prepare_data", "train_emotion_cnn", "export_emotion",
-            "hubconf"} <= set(FILES)
+    assert {
+        "models",
+        "checkpoints",
+        "decoding",
+        "data",
+        "augment",
+        "splits",
+        "engine",
+        "training_run",
+        "reports",
+        "drawing",
+        "evaluate_emotion",
+        "predict_emotion",
+        "prepare_data",
+        "train_emotion_cnn",
+        "export_emotion",
+        "hubconf",
+    } <= set(FILES)
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -108,8 +125,19 @@ def test_imports_follow_the_table(name):
 @pytest.mark.parametrize("path", sorted((REPO / "examples").glob("*.py")), ids=lambda path: path.stem)
 def test_examples_are_users_of_the_api(path):
     ours = imports_anywhere(path) & (set(SCRIPTS) | set(MODULES) | {"benchmarks", "tests"})
-    assert ours <= {"predict_emotion", "train_emotion_cnn", "checkpoints", "console", "data", "decoding", "faces",
-                    "live", "models", "overlay", "video"}  # fmt: skip
+    assert ours <= {
+        "predict_emotion",
+        "train_emotion_cnn",
+        "checkpoints",
+        "console",
+        "data",
+        "decoding",
+        "faces",
+        "live",
+        "models",
+        "overlay",
+        "video",
+    }
 
 
 def test_table_test_sees_a_forbidden_import(tmp_path):
@@ -122,8 +150,11 @@ def test_table_test_sees_a_forbidden_import(tmp_path):
 @pytest.mark.parametrize("name", FILES)
 def test_sizes(name):
     assert len(FILES[name].read_text(encoding="utf-8").splitlines()) < 400
-    long = [(node.name, node.end_lineno - node.lineno + 1) for node in functions(parse(FILES[name]))
-            if node.end_lineno - node.lineno + 1 >= 60]
+    long = [
+        (node.name, node.end_lineno - node.lineno + 1)
+        for node in functions(parse(FILES[name]))
+        if node.end_lineno - node.lineno + 1 >= 60
+    ]
     assert long == []
 
 
@@ -141,8 +172,12 @@ def help_texts(capsys):
     """{command line: what its --help prints} of every script that is there."""
     scripts = (train_emotion_cnn, evaluate_emotion, export_emotion, predict_emotion, prepare_data)
     mains = {script.__name__: script.main for script in scripts}
-    lines = [(name, []) for name in mains] + [("prepare_data", ["sample"]), ("prepare_data", ["fer2013"]),
-             ("prepare_data", ["crop"]), ("prepare_data", ["audit"])]
+    lines = [(name, []) for name in mains] + [
+        ("prepare_data", ["sample"]),
+        ("prepare_data", ["fer2013"]),
+        ("prepare_data", ["crop"]),
+        ("prepare_data", ["audit"]),
+    ]
     texts = {}
     for name, words in lines:
         with pytest.raises(SystemExit) as stop:
@@ -195,8 +230,10 @@ def test_networks_are_as_the_readme_says():
     for arch, (text, size, parameters) in table.items():
         model, spec = create_model(arch, 7), ARCHS[arch].input_spec
         dropouts = [f"dropout {p}" for p in dict.fromkeys(m.p for m in model.modules() if hasattr(m, "p"))]
-        assert (size, parameters) == (f"{spec.channels}x{spec.image_size}x{spec.image_size}",
-                                      f"{count_parameters(model):,}")  # fmt: skip
+        assert (size, parameters) == (
+            f"{spec.channels}x{spec.image_size}x{spec.image_size}",
+            f"{count_parameters(model):,}",
+        )
         assert [words for words in re.findall(r"dropout [\d.]+\d", text) if words not in dropouts] == [], dropouts
 
 
@@ -206,13 +243,24 @@ def test_recipes_are_as_the_readme_says():
     for arch, row in table.items():
         recipe = ARCHS[arch].recipe
         decay, ema = recipe.weight_decay, recipe.ema
-        optimiser = ", ".join([{"adam": "Adam", "adamw": "AdamW"}[recipe.optimizer],
-                               *([f"weight decay {decay}"] if decay else []), str(recipe.lr)])  # fmt: skip
+        optimiser = ", ".join(
+            [
+                {"adam": "Adam", "adamw": "AdamW"}[recipe.optimizer],
+                *([f"weight decay {decay}"] if decay else []),
+                str(recipe.lr),
+            ]
+        )
         loss = {"none": "cross-entropy", "balanced": "weighted by n / (classes * n_class)"}[recipe.class_weights]
         if recipe.label_smoothing:
             loss += f", label smoothing {recipe.label_smoothing}"
-        assert row == [optimiser + (f"; EMA {ema}" if ema else ""), recipe.schedule, str(recipe.batch_size),
-                       str(recipe.epochs), recipe.augment, loss]  # fmt: skip
+        assert row == [
+            optimiser + (f"; EMA {ema}" if ema else ""),
+            recipe.schedule,
+            str(recipe.batch_size),
+            str(recipe.epochs),
+            recipe.augment,
+            loss,
+        ]
 
 
 @pytest.mark.parametrize("page", ["README.md", "weights/README.md"])
@@ -242,8 +290,14 @@ def test_requirements_are_the_seven_core_packages():
     lines = requirement_lines("requirements.txt")
     found = dict(re.fullmatch(r"([A-Za-z-]+)>=([0-9.]+)", line).groups() for line in lines)
     assert {name.lower() for name in found} == {
-        "torch", "torchvision", "numpy", "pillow", "matplotlib", "scikit-learn", "tqdm"
-    }  # fmt: skip
+        "torch",
+        "torchvision",
+        "numpy",
+        "pillow",
+        "matplotlib",
+        "scikit-learn",
+        "tqdm",
+    }
     assert tuple(map(int, found["torch"].split("."))) >= (2, 10)
 
 

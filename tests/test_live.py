@@ -13,12 +13,12 @@ from PIL import Image
 from test_predict import write_checkpoint
 from test_video import FRAMES, SIZE, write_clip
 
+from errors import InputError
 from examples import emotion_cam, song_recommend
-from faces import Face
-from live import Camera, Tracker, watch
-from models import InputError
+from faces.camera import Camera, Tracker, watch
+from faces.detector import Face
+from faces.video import Video
 from predict_emotion import load_model
-from video import Video
 
 REPO = Path(__file__).resolve().parent.parent
 EMOTIONS = ["angry", "disgust", "fear", "happy", "neutral", "sad", "surprise"]
@@ -126,11 +126,21 @@ def test_headless_writes_every_frame(model_path, tmp_path):
     assert all(frame.mean() > 0.01 for frame in changed)
 
 
-@pytest.mark.parametrize("words", [
-    ("--source", "77"), ("--source", "nowhere.mp4"), ("--source", "README.md"), ("--smooth", "1"),
-    ("--detect-every", "0"), ("--min-face", "0"), ("--headless", "out.avi"), ("--headless", "nowhere/out.mp4"),
-    ("--seconds", "0"), ("--seconds", "nan"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("--source", "77"),
+        ("--source", "nowhere.mp4"),
+        ("--source", "README.md"),
+        ("--smooth", "1"),
+        ("--detect-every", "0"),
+        ("--min-face", "0"),
+        ("--headless", "out.avi"),
+        ("--headless", "nowhere/out.mp4"),
+        ("--seconds", "0"),
+        ("--seconds", "nan"),
+    ],
+)
 def test_camera_mistakes_are_one_line(model_path, tmp_path, words):
     target = () if words[0] == "--headless" else ("--headless", tmp_path / "out.mp4")
     assert_refused(run("emotion_cam", *words, *target, "--checkpoint", model_path), words[1])
@@ -228,11 +238,17 @@ def test_the_dominant_emotion_is_that_of_the_largest_face_over_time():
         song_recommend.dominant_emotion([(None, [])], ["happy", "sad"])
 
 
-@pytest.mark.parametrize("content, words", [
-    (b"happy = [", ["TOML"]), (b"\xff\xfe", ["TOML"]), (b'happy = "one"', ["happy", "list"]),
-    (b"happy = [1]", ["happy", "list"]), (b'happy = [" "]', ["happy", "list"]),
-    (b'happy = ["a - b"]', ["no song for", "angry", "surprise"]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        (b"happy = [", ["TOML"]),
+        (b"\xff\xfe", ["TOML"]),
+        (b'happy = "one"', ["happy", "list"]),
+        (b"happy = [1]", ["happy", "list"]),
+        (b'happy = [" "]', ["happy", "list"]),
+        (b'happy = ["a - b"]', ["no song for", "angry", "surprise"]),
+    ],
+)
 def test_song_lists_are_checked(tmp_path, content, words):
     (tmp_path / "songs.toml").write_bytes(content)
     with pytest.raises(InputError) as caught:
@@ -241,8 +257,9 @@ def test_song_lists_are_checked(tmp_path, content, words):
     assert all(word in str(caught.value) for word in words)
 
 
-@pytest.mark.parametrize("words", [("--source", "nowhere.jpg"), ("--source", "77"), ("--songs", "nowhere.toml"),
-                                   ("--seconds", "0")])  # fmt: skip
+@pytest.mark.parametrize(
+    "words", [("--source", "nowhere.jpg"), ("--source", "77"), ("--songs", "nowhere.toml"), ("--seconds", "0")]
+)
 def test_song_mistakes_are_one_line(model_path, words):
     assert_refused(run("song_recommend", *words, "--checkpoint", model_path), words[1])
 

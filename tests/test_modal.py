@@ -77,8 +77,9 @@ class Folder:
         for found in sorted((self.root / path).glob("**/*" if recursive else "*")):
             kind = SimpleNamespace(name="FILE" if found.is_file() else "DIRECTORY")
             info = found.stat()
-            yield SimpleNamespace(path=str(found.relative_to(self.root)), type=kind, size=info.st_size,
-                                  mtime=int(info.st_mtime))  # fmt: skip
+            yield SimpleNamespace(
+                path=str(found.relative_to(self.root)), type=kind, size=info.st_size, mtime=int(info.st_mtime)
+            )
 
     def listdir(self, path, *, recursive=False):
         return list(self.iterdir(path, recursive=recursive))

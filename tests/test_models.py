@@ -5,11 +5,11 @@ import torch
 from torch import nn
 
 from checkpoints import load_initial_weights
-from finetuning import freeze, list_stages, load_backbone, load_imagenet_weights, train_mode
+from engine.pretrained import freeze, list_stages, load_backbone, load_imagenet_weights, train_mode
+from errors import InputError
 from models import (
     ARCHS,
     Dropout,
-    InputError,
     InputSpec,
     Recipe,
     count_parameters,

@@ -17,14 +17,15 @@ from conftest import draw_folder, draw_picture, run_as_user
 from PIL import Image
 
 import predict_emotion
-from augment import Strengths, augment
 from checkpoints import BEST_NAME, make_checkpoint, read_checkpoint, save_checkpoint
 from console import run_script
 from data import SAMPLE_SET, FolderImages
-from decoding import to_input
+from engine.augment import Strengths, augment
+from errors import InputError
 from inference import BUNDLED, classify_on_cores, make_finder
-from models import InputError, InputSpec, count_parameters, create_model
+from models import InputSpec, count_parameters, create_model
 from predict_emotion import format_bars, load_model, predict_image, predict_images
+from preprocessing import to_input
 from train_emotion_cnn import DEFAULT_ARCH
 
 REPO = Path(__file__).resolve().parent.parent
@@ -82,8 +83,9 @@ def run(capsys, checkpoint):
 
 def command(*args, cwd, script=SCRIPT, **variables):
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8", **variables}
-    return subprocess.run([sys.executable, script, *map(str, args)], cwd=cwd, env=env, capture_output=True,
-                          encoding="utf-8", timeout=300)
+    return subprocess.run(
+        [sys.executable, script, *map(str, args)], cwd=cwd, env=env, capture_output=True, encoding="utf-8", timeout=300
+    )
 
 
 def assert_one_line(err, *words):
@@ -332,9 +334,14 @@ def test_bars_look_as_they_always_did():
     probs["surprise"] = 0.8
     lines = format_bars(probs)
     assert [line.rstrip("█") for line in lines] == [
-        "angry     :  1.23% ", "disgust   :  0.87% ", "fear      :  2.11% ", "happy     : 92.45% ",
-        "neutral   :  1.56% ", "sad       :  0.98% ", "surprise  :  0.80% ",
-    ]  # fmt: skip
+        "angry     :  1.23% ",
+        "disgust   :  0.87% ",
+        "fear      :  2.11% ",
+        "happy     : 92.45% ",
+        "neutral   :  1.56% ",
+        "sad       :  0.98% ",
+        "surprise  :  0.80% ",
+    ]
     bars = [line.count("█") for line in lines]
     assert min(bars) == 1
     assert all(abs(bar - percent / 2) <= 1 for bar, percent in zip(bars, probs.values(), strict=True))
@@ -469,19 +476,22 @@ def test_a_sample_of_test_is_drawn(run, tmp_path, monkeypatch):
 # The command line: mistakes
 
 
-@pytest.mark.parametrize(("args", "words"), [
-    (["--output", "p.xlsx"], ["--output", "p.xlsx", ".csv", ".json"]),
-    (["--output", "none/p.csv"], ["p.csv"]),
-    (["--output", "photo.png/p.csv"], ["p.csv"]),
-    (["--device", "warp"], ["--device", "warp"]),
-    (["--device", "meta"], ["--device", "meta"]),
-    (["--batch-size", "0"], ["--batch-size"]),
-    (["--batch-size", "many"], ["--batch-size"]),
-    (["--no-such-flag"], ["--no-such-flag"]),
-    (["missing.png"], ["missing.png"]),
-    (["*.nothing"], ["*.nothing"]),
-    (["hollow"], ["hollow"]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["--output", "p.xlsx"], ["--output", "p.xlsx", ".csv", ".json"]),
+        (["--output", "none/p.csv"], ["p.csv"]),
+        (["--output", "photo.png/p.csv"], ["p.csv"]),
+        (["--device", "warp"], ["--device", "warp"]),
+        (["--device", "meta"], ["--device", "meta"]),
+        (["--batch-size", "0"], ["--batch-size"]),
+        (["--batch-size", "many"], ["--batch-size"]),
+        (["--no-such-flag"], ["--no-such-flag"]),
+        (["missing.png"], ["missing.png"]),
+        (["*.nothing"], ["*.nothing"]),
+        (["hollow"], ["hollow"]),
+    ],
+)
 def test_mistakes(run, photo, tmp_path, monkeypatch, args, words):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "hollow").mkdir()
@@ -508,11 +518,18 @@ class Trap:
 def test_wrong_checkpoints(run, photo, checkpoint, tmp_path):
     good = torch.load(checkpoint, weights_only=True)
     files = {
-        "text": b"no checkpoint", "empty": b"", "cut": checkpoint.read_bytes()[:5000],
-        "bare": good["state_dict"], "newer": good | {"format_version": 99}, "unknown": good | {"arch": "cnn9"},
-        "other": good | {"arch": "cnn4"}, "classes": good | {"class_names": ["a"]}, "half": {"format_version": 1},
-        "spec": good | {"input_spec": {"image_size": 48}}, "trap": {"x": Trap(tmp_path / "sprung")},
-    }  # fmt: skip
+        "text": b"no checkpoint",
+        "empty": b"",
+        "cut": checkpoint.read_bytes()[:5000],
+        "bare": good["state_dict"],
+        "newer": good | {"format_version": 99},
+        "unknown": good | {"arch": "cnn9"},
+        "other": good | {"arch": "cnn4"},
+        "classes": good | {"class_names": ["a"]},
+        "half": {"format_version": 1},
+        "spec": good | {"input_spec": {"image_size": 48}},
+        "trap": {"x": Trap(tmp_path / "sprung")},
+    }
     for name, content in files.items():
         path = tmp_path / f"{name}.pth"
         if isinstance(content, bytes):
@@ -573,9 +590,11 @@ def test_weights_in_the_layouts_of_other_tools_load_where_they_are_named(run, ph
     good = torch.load(checkpoint, weights_only=True)
     weights, index = good["state_dict"], {name: number for number, name in enumerate(NAMES)}
     layouts = [
-        {"state_dict": weights, "class_names": NAMES}, {"model_state_dict": weights, "classes": NAMES},
-        {"model": weights, "class_to_idx": index}, {f"module.{key}": value for key, value in weights.items()},
-    ]  # fmt: skip
+        {"state_dict": weights, "class_names": NAMES},
+        {"model_state_dict": weights, "classes": NAMES},
+        {"model": weights, "class_to_idx": index},
+        {f"module.{key}": value for key, value in weights.items()},
+    ]
     for layout in layouts:
         torch.save(layout, tmp_path / "other.pth")
         for arguments in ([photo], ["--info"]):
@@ -586,9 +605,10 @@ def test_weights_in_the_layouts_of_other_tools_load_where_they_are_named(run, ph
         model, names = load_model(tmp_path / "other.pth", arch=good["arch"], class_names=NAMES)
         assert names == NAMES and predict_image(model, photo, names) == expected
     for path, arch, words in (
-        (tmp_path / "other.pth", "cnn4", "cnn4"), (tmp_path / "other.pth", "nothing", "nothing"),
+        (tmp_path / "other.pth", "cnn4", "cnn4"),
+        (tmp_path / "other.pth", "nothing", "nothing"),
         (checkpoint, good["arch"], "its own arch"),
-    ):  # fmt: skip
+    ):
         with pytest.raises(ValueError, match=words):
             load_model(path, arch=arch, class_names=NAMES)
     with pytest.raises(ValueError, match="cnn4_bn"):

@@ -17,9 +17,9 @@ from PIL import Image
 
 import prepare_data
 from console import run_script
-from decoding import read_whole
-from drawing import draw_sample_set
 from predict_emotion import BUNDLED, load_model, predict_faces, predict_image
+from prepare.drawings import draw_sample_set
+from preprocessing import read_whole
 
 REPO = Path(__file__).resolve().parent.parent
 CLASSES = ["angry", "disgust", "fear", "happy", "sad", "surprise", "neutral"]  # in the order of the CSV's numbers
@@ -131,8 +131,14 @@ def refuse(run, tmp_path):
 
 
 def run_command(*args, **options):
-    return subprocess.run([sys.executable, "prepare_data.py", *map(str, args)], cwd=REPO, text=True, timeout=120,
-                          capture_output=True, **options)
+    return subprocess.run(
+        [sys.executable, "prepare_data.py", *map(str, args)],
+        cwd=REPO,
+        text=True,
+        timeout=120,
+        capture_output=True,
+        **options,
+    )
 
 
 # Sources
@@ -181,17 +187,25 @@ def nested_zip(folder):
     return write_folder(folder, {"data/fer.zip": write_zip(folder.parent / "x.zip", kaggle_files()).read_bytes()})
 
 
-@pytest.mark.parametrize("make", [
-    lambda folder: write_folder(folder, {"fer2013.csv": fer2013_csv()}) / "fer2013.csv",
-    lambda folder: write_folder(folder, {"icml_face_data.csv": icml_csv()}) / "icml_face_data.csv",
-    lambda folder: write_folder(folder, {"Renamed.CSV": b"\xef\xbb\xbf" + fer2013_csv()}) / "Renamed.CSV",
-    lambda folder: write_folder(folder, {"blank.csv": fer2013_csv().replace(b"\n", b"\r\n\r\n")}) / "blank.csv",
-    lambda folder: write_folder(folder, {"sub/icml_face_data.csv": icml_csv(), "sub/train.csv": b"emotion,pixels\n"}),
-    lambda folder: write_zip(folder / "a.zip", {"fer2013.csv": fer2013_csv(), "train.csv": b"emotion,pixels\n"}),
-    lambda folder: write_tar(folder / "fer2013.tar.gz", {"fer2013/README": b"?", "fer2013/fer2013.csv": fer2013_csv()}),
-    lambda folder: write_tar(folder / "fer2013.tar", {"fer2013/fer2013.csv": fer2013_csv()}, "w"),
-    lambda folder: write_tar(folder / "fer2013.tar.gz", {"fer2013/fer2013.csv": fer2013_csv()}).parent,
-], ids=["fer2013", "icml", "bom", "blank-lines", "folder", "zip", "tar.gz", "tar", "folder-with-tar.gz"])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda folder: write_folder(folder, {"fer2013.csv": fer2013_csv()}) / "fer2013.csv",
+        lambda folder: write_folder(folder, {"icml_face_data.csv": icml_csv()}) / "icml_face_data.csv",
+        lambda folder: write_folder(folder, {"Renamed.CSV": b"\xef\xbb\xbf" + fer2013_csv()}) / "Renamed.CSV",
+        lambda folder: write_folder(folder, {"blank.csv": fer2013_csv().replace(b"\n", b"\r\n\r\n")}) / "blank.csv",
+        lambda folder: write_folder(
+            folder, {"sub/icml_face_data.csv": icml_csv(), "sub/train.csv": b"emotion,pixels\n"}
+        ),
+        lambda folder: write_zip(folder / "a.zip", {"fer2013.csv": fer2013_csv(), "train.csv": b"emotion,pixels\n"}),
+        lambda folder: write_tar(
+            folder / "fer2013.tar.gz", {"fer2013/README": b"?", "fer2013/fer2013.csv": fer2013_csv()}
+        ),
+        lambda folder: write_tar(folder / "fer2013.tar", {"fer2013/fer2013.csv": fer2013_csv()}, "w"),
+        lambda folder: write_tar(folder / "fer2013.tar.gz", {"fer2013/fer2013.csv": fer2013_csv()}).parent,
+    ],
+    ids=["fer2013", "icml", "bom", "blank-lines", "folder", "zip", "tar.gz", "tar", "folder-with-tar.gz"],
+)
 def test_tables(run, tmp_path, make):
     (tmp_path / "source").mkdir()
     code, out, err = run("fer2013", make(tmp_path / "source"), "--output-dir", tmp_path / "out")
@@ -226,8 +240,17 @@ def test_pictures_win_over_the_archive_they_came_from(run, tmp_path):
 
 def test_what_is_no_picture_is_skipped(run, tmp_path):
     files = kaggle_files()
-    junk = dict.fromkeys(["README.md", "__MACOSX/train/happy/._Training_1.jpg", "__MACOSX/train/happy/Training_1.jpg",
-                          "train/.DS_Store", "train/happy/.hidden.jpg", "train/happy/Thumbs.db"], b"?")
+    junk = dict.fromkeys(
+        [
+            "README.md",
+            "__MACOSX/train/happy/._Training_1.jpg",
+            "__MACOSX/train/happy/Training_1.jpg",
+            "train/.DS_Store",
+            "train/happy/.hidden.jpg",
+            "train/happy/Thumbs.db",
+        ],
+        b"?",
+    )
     code, out, _ = run("fer2013", write_zip(tmp_path / "a.zip", junk | files), "--output-dir", tmp_path / "out")
     assert code == 0
     assert read_tree(tmp_path / "out") == imported(files)
@@ -247,9 +270,20 @@ def test_pictures_outside_of_the_splits_are_named(run, tmp_path):
 # Classes and splits
 
 
-@pytest.mark.parametrize(("spelling", "class_name"), [
-    ("anger", "angry"), ("Angry", "angry"), ("disgusted", "disgust"), ("fearful", "fear"), ("happiness", "happy"),
-    ("HAPPY", "happy"), ("sadness", "sad"), ("surprised", "surprise"), ("Neutral", "neutral")])
+@pytest.mark.parametrize(
+    ("spelling", "class_name"),
+    [
+        ("anger", "angry"),
+        ("Angry", "angry"),
+        ("disgusted", "disgust"),
+        ("fearful", "fear"),
+        ("happiness", "happy"),
+        ("HAPPY", "happy"),
+        ("sadness", "sad"),
+        ("surprised", "surprise"),
+        ("Neutral", "neutral"),
+    ],
+)
 def test_spellings_of_classes(run, tmp_path, spelling, class_name):
     source = write_folder(tmp_path / "source", {f"TRAIN/{spelling}/a.jpg": picture(1)})
     code, _, _ = run("fer2013", source, "--output-dir", tmp_path / "out")
@@ -269,7 +303,8 @@ def test_only_the_public_half(run, tmp_path):
     assert read_tree(tmp_path / "out") == imported(files)
     assert not (tmp_path / "out/test").exists()
     assert [line for line in out.splitlines() if "was made" in line] == [
-        "No test/ was made: there are no PrivateTest pictures."]
+        "No test/ was made: there are no PrivateTest pictures."
+    ]
 
 
 def test_only_the_private_half(run, tmp_path):
@@ -278,7 +313,8 @@ def test_only_the_private_half(run, tmp_path):
     assert code == 0
     assert read_tree(tmp_path / "out") == files
     assert [line for line in out.splitlines() if "was made" in line] == [
-        "No val/ was made: there are no PublicTest pictures."]
+        "No val/ was made: there are no PublicTest pictures."
+    ]
 
 
 def test_halves_that_cannot_be_told_apart_stay_in_test(run, tmp_path):
@@ -287,7 +323,8 @@ def test_halves_that_cannot_be_told_apart_stay_in_test(run, tmp_path):
     assert code == 0
     assert read_tree(tmp_path / "out") == files
     assert [line for line in out.splitlines() if "was made" in line] == [
-        "No val/ was made: test/sad/im7.png is of neither half."]
+        "No val/ was made: test/sad/im7.png is of neither half."
+    ]
 
 
 @pytest.mark.parametrize("folder", ["val", "validation", "Validation"])
@@ -313,8 +350,9 @@ def test_table_of_counts_and_next_command(run, tmp_path):
     assert code == 0
     lines = [line.split() for line in out.splitlines()]
     assert lines[0] == ["train", "val", "test", "total"]
-    assert lines[1:8] == [[name, str(2 + (name == "happy")), "1", "1", str(4 + (name == "happy"))]
-                          for name in sorted(CLASSES)]
+    assert lines[1:8] == [
+        [name, str(2 + (name == "happy")), "1", "1", str(4 + (name == "happy"))] for name in sorted(CLASSES)
+    ]
     assert lines[8] == ["total", "15", "7", "7", "29"]
     assert out.splitlines()[9:] == [f"Next: python train_emotion_cnn.py --data-dir {tmp_path / 'out'}"]
 
@@ -322,24 +360,27 @@ def test_table_of_counts_and_next_command(run, tmp_path):
 # Refused sources
 
 
-@pytest.mark.parametrize(("text", "words"), [
-    ("7,Training,{pixels}", ["row 3", "emotion 0 to 6"]),
-    ("-1,Training,{pixels}", ["row 3"]),
-    ("happy,Training,{pixels}", ["row 3"]),
-    ("3,Validation,{pixels}", ["row 3", "Usage Training"]),
-    ("3,Training,{pixels} 0", ["row 3", "2304 pixels"]),
-    ("3,Training,0 {short}", ["row 3"]),
-    ("3,Training,256 {short} 0", ["row 3"]),
-    ("3,Training,-1 {short} 0", ["row 3"]),
-    ("3,Training,1.5 {short} 0", ["row 3"]),
-    ("3,Training,x {short} 0", ["row 3"]),
-    ("3,Training,", ["row 3"]),
-    ("3,Training", ["row 3"]),
-    ("3,Training,{pixels},3", ["row 3"]),
-    ("3,Training,{endless}", ["row 3"]),
-    ("3,Training,\udcff", ["bad.csv"]),
-    ('3,Training,"{endless}', ["bad.csv"]),
-])
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("7,Training,{pixels}", ["row 3", "emotion 0 to 6"]),
+        ("-1,Training,{pixels}", ["row 3"]),
+        ("happy,Training,{pixels}", ["row 3"]),
+        ("3,Validation,{pixels}", ["row 3", "Usage Training"]),
+        ("3,Training,{pixels} 0", ["row 3", "2304 pixels"]),
+        ("3,Training,0 {short}", ["row 3"]),
+        ("3,Training,256 {short} 0", ["row 3"]),
+        ("3,Training,-1 {short} 0", ["row 3"]),
+        ("3,Training,1.5 {short} 0", ["row 3"]),
+        ("3,Training,x {short} 0", ["row 3"]),
+        ("3,Training,", ["row 3"]),
+        ("3,Training", ["row 3"]),
+        ("3,Training,{pixels},3", ["row 3"]),
+        ("3,Training,{endless}", ["row 3"]),
+        ("3,Training,\udcff", ["bad.csv"]),
+        ('3,Training,"{endless}', ["bad.csv"]),
+    ],
+)
 def test_malformed_rows(refuse, tmp_path, text, words):
     good = " ".join(map(str, pixels_of(0)))
     row = text.format(pixels=good, short=" ".join(["0"] * 2302), endless="0 " * 100_000)
@@ -354,12 +395,16 @@ def test_the_good_ends_of_the_ranges_are_accepted(run, tmp_path):
     (tmp_path / "good.csv").write_bytes(fer2013_csv([(6, "Training", pixels), (0, "Training", pixels)]))
     code, _, _ = run("fer2013", tmp_path / "good.csv", "--output-dir", tmp_path / "out")
     assert code == 0
-    assert sorted(read_tree(tmp_path / "out")) == ["train/angry/Training_00000002.png",
-                                                   "train/neutral/Training_00000001.png"]
+    assert sorted(read_tree(tmp_path / "out")) == [
+        "train/angry/Training_00000002.png",
+        "train/neutral/Training_00000001.png",
+    ]
 
 
-@pytest.mark.parametrize(("content", "words"), [
-    (b"emotion,pixels\n0,0\n", ["columns"]), (b"", ["columns"]), (b"emotion,pixels,Usage\n", ["training pictures"])])
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [(b"emotion,pixels\n0,0\n", ["columns"]), (b"", ["columns"]), (b"emotion,pixels,Usage\n", ["training pictures"])],
+)
 def test_tables_without_what_is_needed(refuse, tmp_path, content, words):
     (tmp_path / "train.csv").write_bytes(content)
     refuse(tmp_path / "train.csv", "train.csv", *words)
@@ -400,7 +445,7 @@ def test_damaged_sources(refuse, tmp_path, name, damage):
         write_tar(source, kaggle_files(), "w:gz" if name.endswith("gz") else "w")
     content = source.read_bytes()
     middle = len(content) // 2
-    flipped = content[:middle] + b"\xff" * 2000 + content[middle + 2000:]
+    flipped = content[:middle] + b"\xff" * 2000 + content[middle + 2000 :]
     if name == "a.tar" and damage == "flipped":
         flipped = b"\xff" * 512 + content[512:]  # a tar has checksums of its headers only
     source.write_bytes({"empty": b"", "text": b"x" * 3000, "cut": content[:middle], "flipped": flipped}[damage])
@@ -419,9 +464,19 @@ def test_encrypted_zip(refuse, tmp_path):
 # Hostile archives
 
 
-@pytest.mark.parametrize("name", [
-    "../evil.jpg", "train/happy/../../../evil.jpg", "train/..", "/train/happy/evil.jpg", "C:/train/happy/a.jpg",
-    "train/happy/C:evil.jpg", "train\\happy\\evil.jpg", "train/happy/..\\evil.jpg"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../evil.jpg",
+        "train/happy/../../../evil.jpg",
+        "train/..",
+        "/train/happy/evil.jpg",
+        "C:/train/happy/a.jpg",
+        "train/happy/C:evil.jpg",
+        "train\\happy\\evil.jpg",
+        "train/happy/..\\evil.jpg",
+    ],
+)
 @pytest.mark.parametrize("kind", ["zip", "tar", "tar.gz"])
 def test_members_that_lead_out_of_the_target(refuse, tmp_path, name, kind):
     files = kaggle_files() | {name: picture(99)}
@@ -433,8 +488,11 @@ def test_members_that_lead_out_of_the_target(refuse, tmp_path, name, kind):
     refuse(source, f"'{name}'", "leads out")
 
 
-@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE, tarfile.CHRTYPE],
-                         ids=["symlink", "hardlink", "fifo", "device"])
+@pytest.mark.parametrize(
+    "kind",
+    [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE, tarfile.CHRTYPE],
+    ids=["symlink", "hardlink", "fifo", "device"],
+)
 def test_tar_links_and_devices(refuse, tmp_path, kind):
     member = tarfile.TarInfo("train/happy/link.jpg")
     member.type, member.linkname = kind, "train/happy/Training_31.jpg"
@@ -478,8 +536,9 @@ def test_one_member_may_not_stand_twice(refuse, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["zip", "tar.gz", "folder"])
-@pytest.mark.parametrize(("limit", "value"), [
-    ("MAX_MEMBERS", 27), ("MAX_TOTAL_BYTES", 30_000), ("MAX_PICTURE_BYTES", 2400)])
+@pytest.mark.parametrize(
+    ("limit", "value"), [("MAX_MEMBERS", 27), ("MAX_TOTAL_BYTES", 30_000), ("MAX_PICTURE_BYTES", 2400)]
+)
 def test_limits(run, refuse, tmp_path, monkeypatch, kind, limit, value):
     files = kaggle_files()
     sizes = [len(content) for content in files.values()]
@@ -585,9 +644,14 @@ def test_ctrl_c_leaves_nothing(tmp_path):
     os.mkfifo(tmp_path / "slow.csv")  # its end never comes, so the import is under way when the signal arrives
     pipe = os.open(tmp_path / "slow.csv", os.O_RDWR)
     os.write(pipe, fer2013_csv(table_rows()[:4]))
-    process = subprocess.Popen([sys.executable, "prepare_data.py", "fer2013", tmp_path / "slow.csv", "--output-dir",
-                                tmp_path / "out"], cwd=REPO, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                               preexec_fn=hear_ctrl_c)
+    process = subprocess.Popen(
+        [sys.executable, "prepare_data.py", "fer2013", tmp_path / "slow.csv", "--output-dir", tmp_path / "out"],
+        cwd=REPO,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=hear_ctrl_c,
+    )
     try:
         deadline = time.monotonic() + 90
         while not list(tmp_path.glob("out.partial-*/train/*/*.png")):
@@ -629,8 +693,14 @@ def test_the_command_draws_a_bar_where_a_person_looks(tmp_path):
     mine, theirs = pty.openpty()
     termios.tcsetwinsize(theirs, (24, 80))
     os.set_blocking(mine, False)
-    result = subprocess.run([sys.executable, "prepare_data.py", "fer2013", source, "--output-dir", tmp_path / "out"],
-                            cwd=REPO, text=True, timeout=120, stdout=subprocess.PIPE, stderr=theirs)
+    result = subprocess.run(
+        [sys.executable, "prepare_data.py", "fer2013", source, "--output-dir", tmp_path / "out"],
+        cwd=REPO,
+        text=True,
+        timeout=120,
+        stdout=subprocess.PIPE,
+        stderr=theirs,
+    )
     shown = os.read(mine, 100_000).decode()  # before the other end closes, or it is lost
     os.close(theirs)
     os.close(mine)
@@ -661,7 +731,8 @@ def test_download_without_kagglehub(run, tmp_path, monkeypatch):
 
 def test_download_without_network(run, tmp_path, monkeypatch):
     (tmp_path / "kagglehub.py").write_text(
-        "def dataset_download(name):\n    raise RuntimeError('no network\\nfor ' + name)\n")
+        "def dataset_download(name):\n    raise RuntimeError('no network\\nfor ' + name)\n"
+    )
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "kagglehub", raising=False)
     code, _, err = run("fer2013", "--download", "--output-dir", tmp_path / "out")
@@ -685,7 +756,8 @@ def test_download(tmp_path):
     write_folder(tmp_path / "cache", files)
     (tmp_path / "modules").mkdir()
     (tmp_path / "modules/kagglehub.py").write_text(
-        f"def dataset_download(name):\n    assert name == 'msambare/fer2013'\n    return {str(tmp_path / 'cache')!r}\n")
+        f"def dataset_download(name):\n    assert name == 'msambare/fer2013'\n    return {str(tmp_path / 'cache')!r}\n"
+    )
     path = os.pathsep.join(filter(None, [str(tmp_path / "modules"), os.environ.get("PYTHONPATH")]))
     environment = os.environ | {"PYTHONPATH": path}
     result = run_command("fer2013", "--download", "--output-dir", tmp_path / "out", env=environment)
@@ -767,9 +839,14 @@ def test_crop_refuses_in_one_line(run, tmp_path):
     (tmp_path / "full" / "mine.txt").write_text("mine")
     before = read_tree(tmp_path)
     (tmp_path / "empty").mkdir()
-    mistakes = [("nowhere", "new", "nowhere"), ("empty", "new", "holds no pictures"),
-                ("photos", "full", "full"), ("photos", "new", "shows a face"),
-                ("photos", "photos/new", "inside"), ("photos", "photos", "inside")]  # fmt: skip
+    mistakes = [
+        ("nowhere", "new", "nowhere"),
+        ("empty", "new", "holds no pictures"),
+        ("photos", "full", "full"),
+        ("photos", "new", "shows a face"),
+        ("photos", "photos/new", "inside"),
+        ("photos", "photos", "inside"),
+    ]
     for source, target, word in mistakes:
         code, out, err = run("crop", tmp_path / source, "--output-dir", tmp_path / target)
         assert (code, out) == (2, "") and err.splitlines()[-1].startswith("error: ") and word in err.splitlines()[-1]

@@ -10,16 +10,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from augment import Strengths, augment
 from data import list_pictures
-from decoding import normalise, read_image, to_input
-from models import InputSpec, printable
+from engine.augment import Strengths, augment
+from errors import printable
+from models import InputSpec
+from preprocessing import normalize, read_image, to_input
 
 NUMBERS = st.floats(-10, 10, allow_nan=False)
 POSITIVE = st.floats(0.01, 10)
 SIDES = st.integers(8, 64)
-FOLDER_NAMES = st.lists(st.text("abcxyzÄß ", min_size=1, max_size=5).map(str.strip).filter(bool), min_size=1,
-                        max_size=6, unique_by=str.casefold)  # fmt: skip
+FOLDER_NAMES = st.lists(
+    st.text("abcxyzÄß ", min_size=1, max_size=5).map(str.strip).filter(bool),
+    min_size=1,
+    max_size=6,
+    unique_by=str.casefold,
+)
 fast = settings(deadline=None, max_examples=50)
 
 
@@ -49,8 +54,9 @@ def test_augmentation_of_no_strength_is_preprocessing(spec, count, seed):
 @given(specs(), st.integers(0, 2**31))
 def test_two_mirrors_are_none(spec, seed):
     generator = torch.Generator().manual_seed(seed)
-    images = torch.randint(0, 256, (2, spec.stored_channels, spec.image_size, spec.image_size), dtype=torch.uint8,
-                           generator=generator)  # fmt: skip
+    images = torch.randint(
+        0, 256, (2, spec.stored_channels, spec.image_size, spec.image_size), dtype=torch.uint8, generator=generator
+    )
     once = augment(images, spec, Strengths(flip=1.0), generator)
     largest = 1e-3 * (1 + max(map(abs, spec.mean))) / min(spec.std)
     assert torch.allclose(once.flip(-1), to_input(images, spec), atol=largest)
@@ -61,7 +67,7 @@ def test_two_mirrors_are_none(spec, seed):
 def test_normalise_is_undone_by_its_inverse(spec, value):
     images = torch.full((1, spec.stored_channels, 4, 4), value)
     mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in (spec.mean, spec.std))
-    assert torch.allclose(normalise(images, spec) * std + mean, images.expand(-1, spec.channels, -1, -1), atol=1e-4)
+    assert torch.allclose(normalize(images, spec) * std + mean, images.expand(-1, spec.channels, -1, -1), atol=1e-4)
 
 
 @fast

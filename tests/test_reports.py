@@ -157,8 +157,17 @@ def assert_picture(path, least=200):
 
 def history_of(epochs):
     rows = range(1, epochs + 1)
-    return [{"epoch": n, "lr": 1e-3, "train_loss": 1 / n, "train_acc": 1 - 1 / n, "val_loss": 1.1 / n,
-             "val_acc": 1 - 1.1 / (n + 1)} for n in rows]  # fmt: skip
+    return [
+        {
+            "epoch": n,
+            "lr": 1e-3,
+            "train_loss": 1 / n,
+            "train_acc": 1 - 1 / n,
+            "val_loss": 1.1 / n,
+            "val_acc": 1 - 1.1 / (n + 1),
+        }
+        for n in rows
+    ]
 
 
 NAME_SETS = [
@@ -239,9 +248,7 @@ def test_drawing_keeps_no_figures_and_needs_no_display(tmp_path, monkeypatch):
     assert pyplot.get_fignums() == before and matplotlib.rcParams._get("backend") == backend
 
 
-@pytest.mark.parametrize(
-    "names", [NAMES, ["fröhlich", "日本", "x"]], ids=["plain", "letters"]
-)
+@pytest.mark.parametrize("names", [NAMES, ["fröhlich", "日本", "x"]], ids=["plain", "letters"])
 def test_result_files(names, tmp_path):
     metrics = metrics_of([0, 1, 2, 2], [0, 1, 2, 0], names)
     files = result_files(metrics)

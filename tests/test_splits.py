@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data import SAMPLE_SET, FolderImages
-from models import InputError, InputSpec
+from errors import InputError
+from models import InputSpec
 from splits import Batches, batch_bounds, draw_order, hash_split, load_splits, split_train_val
 
 GRAY = InputSpec(image_size=8)

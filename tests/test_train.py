@@ -26,14 +26,45 @@ from splits import load_splits
 
 REPO = Path(__file__).resolve().parent.parent
 SCRIPT = str(REPO / "train_emotion_cnn.py")
-FILES = {BEST_NAME, FINAL_NAME, "training_history.csv", "training_history.png", "confusion_matrix.png",
-         "reliability.png", "classification_report.txt", "metrics.json"}
+FILES = {
+    BEST_NAME,
+    FINAL_NAME,
+    "training_history.csv",
+    "training_history.png",
+    "confusion_matrix.png",
+    "reliability.png",
+    "classification_report.txt",
+    "metrics.json",
+}
 COUNTS = {"angry": 16, "happy": 14, "sad": 10}
 SMALL = ["--arch", "cnn4_bn", "--batch-size", "16"]
-KEYS = {"format_version", "arch", "num_classes", "class_names", "input_spec", "temperature", "trained_on", "state_dict",
-        "epoch", "metrics", "config"}
-RESUME_KEYS = {"train_state_dict", "optimizer", "scheduler", "scaler", "ema", "rng", "history", "best_metric",
-               "early_stopping", "class_weights", "split_hash", "teacher_hashes"}
+KEYS = {
+    "format_version",
+    "arch",
+    "num_classes",
+    "class_names",
+    "input_spec",
+    "temperature",
+    "trained_on",
+    "state_dict",
+    "epoch",
+    "metrics",
+    "config",
+}
+RESUME_KEYS = {
+    "train_state_dict",
+    "optimizer",
+    "scheduler",
+    "scaler",
+    "ema",
+    "rng",
+    "history",
+    "best_metric",
+    "early_stopping",
+    "class_weights",
+    "split_hash",
+    "teacher_hashes",
+}
 TIMES = {"images_per_s", "seconds"}
 
 posix_only = pytest.mark.skipif(os.name != "posix", reason="sends a POSIX signal or sets POSIX permissions")
@@ -107,9 +138,15 @@ def start(*args, cwd, **options):
     """The script in a process that Ctrl-C reaches, whatever started these tests."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        return subprocess.Popen([sys.executable, SCRIPT, *map(str, args)], cwd=cwd, encoding="utf-8",
-                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment(cwd / "cache"),
-                                **options)
+        return subprocess.Popen(
+            [sys.executable, SCRIPT, *map(str, args)],
+            cwd=cwd,
+            encoding="utf-8",
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env=environment(cwd / "cache"),
+            **options,
+        )
     finally:
         signal.signal(signal.SIGINT, before)
 
@@ -267,8 +304,9 @@ def test_accuracy_is_what_prediction_gives(default_run):
     right = sum(prediction[0] == path.parent.name for path, prediction in zip(paths, predictions, strict=True))
     metrics = read_metrics(folder)
     assert metrics["accuracy"] == right / len(paths)
-    losses = [-math.log(all_probs[path.parent.name] / 100)
-              for path, (_, _, all_probs) in zip(paths, predictions, strict=True)]
+    losses = [
+        -math.log(all_probs[path.parent.name] / 100) for path, (_, _, all_probs) in zip(paths, predictions, strict=True)
+    ]
     assert metrics["loss"] == pytest.approx(np.mean(losses), rel=1e-4)
 
 
@@ -367,8 +405,10 @@ def test_pictures_stay_in_their_split(data, has_val):
     assert set(corners(splits.val).tolist()) == {90 if has_val else 30}
     assert set(corners(splits.test).tolist()) == {200}
     if not has_val:
-        sides = [{image.numpy().tobytes() for images, _ in part.iterate(8) for image in images}
-                 for part in (splits.train, splits.val)]
+        sides = [
+            {image.numpy().tobytes() for images, _ in part.iterate(8) for image in images}
+            for part in (splits.train, splits.val)
+        ]
         assert not sides[0] & sides[1]
         assert len(splits.train) + len(splits.val) == sum(COUNTS.values()) + 6
         assert splits.val.class_counts(3) == pytest.approx([0.3 * 16, 0.3 * 20, 0.3 * 10], abs=1)
@@ -465,17 +505,45 @@ def plain_run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("plain")
     draw_folder(folder / "train", COUNTS)
     torch.set_num_threads(1)
-    train_emotion_cnn.main(["--data-dir", str(folder), "--output-dir", str(folder / "out"), *SMALL, "--epochs", "1",
-                            "--cache-dir", str(folder / "cache")])
+    train_emotion_cnn.main(
+        [
+            "--data-dir",
+            str(folder),
+            "--output-dir",
+            str(folder / "out"),
+            *SMALL,
+            "--epochs",
+            "1",
+            "--cache-dir",
+            str(folder / "cache"),
+        ]
+    )
     return folder, load(folder / "out" / FINAL_NAME)
 
 
-@pytest.mark.parametrize("option", [
-    "--sampler balanced", "--optimizer adamw --weight-decay 0.1", "--optimizer sgd", "--grad-accum 3",
-    "--clip-grad 0.01", "--label-smoothing 0.2", "--mixup 0.2", "--dropout 0.1", "--schedule cosine",
-    "--class-weights balanced", "--class-weights sqrt", "--ema 0.9", "--augment light", "--augment flip=1",
-    "--lr 0.01", "--image-size 64", "--val-fraction 0.4", "--batch-size 5",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "option",
+    [
+        "--sampler balanced",
+        "--optimizer adamw --weight-decay 0.1",
+        "--optimizer sgd",
+        "--grad-accum 3",
+        "--clip-grad 0.01",
+        "--label-smoothing 0.2",
+        "--mixup 0.2",
+        "--dropout 0.1",
+        "--schedule cosine",
+        "--class-weights balanced",
+        "--class-weights sqrt",
+        "--ema 0.9",
+        "--augment light",
+        "--augment flip=1",
+        "--lr 0.01",
+        "--image-size 64",
+        "--val-fraction 0.4",
+        "--batch-size 5",
+    ],
+)
 def test_option_changes_the_weights(plain_run, train, tmp_path, option):
     data, plain = plain_run
     checkpoint = train(data, tmp_path, "--epochs", 1, *option.split())
@@ -500,8 +568,10 @@ def test_ema_weights_are_the_ones_that_are_validated(plain_run, train, tmp_path)
 
 def test_all_at_once(plain_run, train, tmp_path):
     data, _ = plain_run
-    options = ("--sampler balanced --optimizer adamw --weight-decay 0.01 --grad-accum 2 --clip-grad 1 --dropout 0.2 "
-               "--label-smoothing 0.1 --schedule cosine --ema 0.99 --augment strong --class-weights balanced")
+    options = (
+        "--sampler balanced --optimizer adamw --weight-decay 0.01 --grad-accum 2 --clip-grad 1 --dropout 0.2 "
+        "--label-smoothing 0.1 --schedule cosine --ema 0.99 --augment strong --class-weights balanced"
+    )
     checkpoint = train(data, tmp_path, "--epochs", 2, *options.split())
     assert checkpoint["history"][1]["lr"] < 1e-3
     assert checkpoint["class_weights"] == pytest.approx([36 / (3 * n) for n in (14, 13, 9)])
@@ -586,8 +656,9 @@ def test_default_network_starts_from_weights_of_other_classes(data, run, tmp_pat
     assert run("--data-dir", data, "--output-dir", tmp_path / "source", *options)[0] == 0
     source = tmp_path / "source" / BEST_NAME
     draw_folder(tmp_path / "other" / "train", {"laugh": 8, "weep": 8})
-    code, out, err = run("--data-dir", tmp_path / "other", "--output-dir", tmp_path / "out", *options,
-                         "--weights", source)  # fmt: skip
+    code, out, err = run(
+        "--data-dir", tmp_path / "other", "--output-dir", tmp_path / "out", *options, "--weights", source
+    )
     assert code == 0, err
     assert "[3, 256] there and [2, 256] here" in out
     old, new = load(source)["state_dict"], load(tmp_path / "out" / FINAL_NAME)["train_state_dict"]
@@ -663,8 +734,17 @@ def test_teachers_that_are_refused(plain_run, refuse, tmp_path):
     refuse("--data-dir", data, *command, "--arch", "cnn6_rgb", "--teacher", teacher, words=["--teacher", "input"])
     refuse("--data-dir", data, *command, *SMALL, "--teacher", tmp_path / "none.pth", words=["--teacher", "none.pth"])
     refuse("--data-dir", data, *command, "--teacher", teacher, words=["--teacher", "cnn4_bn", "window"])
-    refuse("--data-dir", data, *command[2:], *SMALL, "--output-dir", teacher.parent, "--teacher", teacher,
-           words=["--teacher", "--output-dir"])  # fmt: skip
+    refuse(
+        "--data-dir",
+        data,
+        *command[2:],
+        *SMALL,
+        "--output-dir",
+        teacher.parent,
+        "--teacher",
+        teacher,
+        words=["--teacher", "--output-dir"],
+    )
 
 
 def test_earlier_checkpoints_are_kept(plain_run, train, tmp_path):
@@ -709,8 +789,20 @@ def test_two_and_two_epochs_are_four(data, run, train, tmp_path):
 
 @posix_only
 def test_a_killed_run_goes_on(data, run, train, tmp_path):
-    options = ["--optimizer", "sgd", "--schedule", "onecycle", "--lr", "0.02", "--epochs", "20", "--batch-size", "4",
-               "--augment", "light"]
+    options = [
+        "--optimizer",
+        "sgd",
+        "--schedule",
+        "onecycle",
+        "--lr",
+        "0.02",
+        "--epochs",
+        "20",
+        "--batch-size",
+        "4",
+        "--augment",
+        "light",
+    ]
     process = start("--data-dir", data, "--output-dir", "out", *SMALL, *options, cwd=tmp_path)
     wait_for_line(process, "epoch 1/20")
     process.send_signal(signal.SIGKILL)
@@ -815,11 +907,19 @@ def test_resuming_elsewhere_leaves_the_old_run_alone(plain_run, run, train, tmp_
     assert differing(whole, load(tmp_path / "second" / FINAL_NAME)) == set()
 
 
-@pytest.mark.parametrize(("flag", "value", "kept"), [
-    ("--lr", "0.5", "0.001"), ("--arch", "cnn4", "cnn4_bn"), ("--seed", "5", "0"), ("--ema", "0.5", "0.0"),
-    ("--batch-size", "8", "16"), ("--augment", "strong", "none"), ("--schedule", "plateau", "none"),
-    ("--image-size", "64", ""),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("flag", "value", "kept"),
+    [
+        ("--lr", "0.5", "0.001"),
+        ("--arch", "cnn4", "cnn4_bn"),
+        ("--seed", "5", "0"),
+        ("--ema", "0.5", "0.0"),
+        ("--batch-size", "8", "16"),
+        ("--augment", "strong", "none"),
+        ("--schedule", "plateau", "none"),
+        ("--image-size", "64", ""),
+    ],
+)
 def test_contradicting_flag_is_refused(plain_run, refuse, flag, value, kept):
     refuse("--resume", plain_run[0] / "out" / FINAL_NAME, flag, value, words=[flag, value, kept, FINAL_NAME])
 
@@ -827,8 +927,20 @@ def test_contradicting_flag_is_refused(plain_run, refuse, flag, value, kept):
 def test_flags_that_agree_are_accepted(plain_run, run, monkeypatch):
     """The command of the run with --resume added to it; relative paths are those of the current folder."""
     monkeypatch.chdir(plain_run[0])
-    code, out, err = run("--data-dir", ".", "--output-dir", "out", *SMALL, "--epochs", "1", "--lr", "1e-3",
-                         "--image-size", "48", "--resume")  # fmt: skip
+    code, out, err = run(
+        "--data-dir",
+        ".",
+        "--output-dir",
+        "out",
+        *SMALL,
+        "--epochs",
+        "1",
+        "--lr",
+        "1e-3",
+        "--image-size",
+        "48",
+        "--resume",
+    )
     assert code == 0, err
     assert "finished" in out
 
@@ -983,30 +1095,33 @@ def test_weights_of_the_same_size_for_other_classes_lose_their_head(plain_run, r
 # Mistakes
 
 
-@pytest.mark.parametrize(("args", "words"), [
-    ("--arch cnn9", ["cnn9", "cnn4_bn", "mobilenet_v2"]),
-    ("--epochs 0", ["--epochs", "0"]),
-    ("--epochs many", ["--epochs", "many"]),
-    ("--lr nan", ["--lr", "nan"]),
-    ("--dropout 1", ["--dropout"]),
-    ("--val-fraction 2", ["--val-fraction"]),
-    ("--image-size 8", ["--image-size"]),
-    ("--batch-size 1", ["--batch-size"]),
-    ("--optimizer lion", ["--optimizer", "lion", "adamw"]),
-    ("--no-such-flag", ["--no-such-flag"]),
-    ("--epoch 1", ["--epoch"]),
-    ("--augment blur=3", ["--augment", "blur"]),
-    ("--augment rotation", ["--augment", "rotation"]),
-    ("--augment flip=2", ["--augment", "flip"]),
-    ("--device warp", ["--device", "warp"]),
-    ("--device cuda:99", ["--device", "cuda:99"]),
-    ("--device meta", ["--device", "meta"]),
-    ("--device cpu --precision fp16", ["--precision", "fp16"]),
-    ("--freeze all", ["--freeze"]),
-    ("--pretrained", ["--pretrained", "cnn4_bn"]),
-    ("--arch mobilenet_v2 --no-pretrained --freeze features.9", ["--freeze", "--no-pretrained"]),
-    ("--weights none.pth", ["--weights", "none.pth"]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        ("--arch cnn9", ["cnn9", "cnn4_bn", "mobilenet_v2"]),
+        ("--epochs 0", ["--epochs", "0"]),
+        ("--epochs many", ["--epochs", "many"]),
+        ("--lr nan", ["--lr", "nan"]),
+        ("--dropout 1", ["--dropout"]),
+        ("--val-fraction 2", ["--val-fraction"]),
+        ("--image-size 8", ["--image-size"]),
+        ("--batch-size 1", ["--batch-size"]),
+        ("--optimizer lion", ["--optimizer", "lion", "adamw"]),
+        ("--no-such-flag", ["--no-such-flag"]),
+        ("--epoch 1", ["--epoch"]),
+        ("--augment blur=3", ["--augment", "blur"]),
+        ("--augment rotation", ["--augment", "rotation"]),
+        ("--augment flip=2", ["--augment", "flip"]),
+        ("--device warp", ["--device", "warp"]),
+        ("--device cuda:99", ["--device", "cuda:99"]),
+        ("--device meta", ["--device", "meta"]),
+        ("--device cpu --precision fp16", ["--precision", "fp16"]),
+        ("--freeze all", ["--freeze"]),
+        ("--pretrained", ["--pretrained", "cnn4_bn"]),
+        ("--arch mobilenet_v2 --no-pretrained --freeze features.9", ["--freeze", "--no-pretrained"]),
+        ("--weights none.pth", ["--weights", "none.pth"]),
+    ],
+)
 def test_wrong_flags(plain_run, refuse, tmp_path, args, words):
     command = ["--data-dir", plain_run[0], "--output-dir", tmp_path / "out", "--epochs", "1", "--arch", "cnn4_bn"]
     refuse(*command, *args.split(), words=words)
@@ -1133,9 +1248,11 @@ def test_deterministic(data, tmp_path):
     """The flag reaches torch, in a process of its own, since it stays set there."""
     words = ["--data-dir", data, "--output-dir", tmp_path / "out", "--cache-dir", tmp_path / "cache", *SMALL]
     argv = [*map(str, words), "--epochs", "1", "--deterministic"]
-    code = (f"import sys, torch; sys.path.insert(0, {str(REPO)!r}); import train_emotion_cnn; "
-            f"train_emotion_cnn.main({argv!r}); print('set', torch.are_deterministic_algorithms_enabled(), "
-            "torch.backends.cudnn.benchmark)")  # fmt: skip
+    code = (
+        f"import sys, torch; sys.path.insert(0, {str(REPO)!r}); import train_emotion_cnn; "
+        f"train_emotion_cnn.main({argv!r}); print('set', torch.are_deterministic_algorithms_enabled(), "
+        "torch.backends.cudnn.benchmark)"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "set True False"
@@ -1158,8 +1275,12 @@ def test_disk_full_while_saving_keeps_the_last_checkpoint(data, run, tmp_path):
 @posix_only
 def test_output_folder_removed_while_running(data, tmp_path):
     words = ["--data-dir", data, "--output-dir", tmp_path / "out", "--cache-dir", tmp_path / "cache", *SMALL]
-    process = subprocess.Popen([sys.executable, "-u", SCRIPT, *map(str, words), "--epochs", "1000"],
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)  # fmt: skip
+    process = subprocess.Popen(
+        [sys.executable, "-u", SCRIPT, *map(str, words), "--epochs", "1000"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     for line in process.stdout:
         if line.startswith("epoch 2/"):
             break

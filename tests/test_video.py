@@ -15,8 +15,8 @@ from test_predict import write_checkpoint
 
 import predict_emotion
 from console import run_script
-from models import InputError
-from video import Video, VideoCopy, is_video
+from errors import InputError
+from faces.video import Video, VideoCopy, is_video
 
 REPO = Path(__file__).resolve().parent.parent
 NAMES = ["angry", "happy", "sad"]

@@ -49,8 +49,7 @@ def page(address):
         pytest.skip("needs Chromium")
     quiet = ("--disable-gpu", "--disable-background-networking", "--disable-component-update", "--disable-sync")
     with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", *quiet],
-                                         timeout=120_000)  # fmt: skip
+        browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", *quiet], timeout=120_000)
         page = browser.new_page(viewport={"width": 1280, "height": 1000})
         page.set_default_timeout(120_000)
         page.asked = []

@@ -21,8 +21,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from decoding import read_image
-from models import InputError, InputSpec
+from errors import InputError
+from models import InputSpec
+from preprocessing import read_image
 from tests.conftest import draw_picture
 
 REPO = Path(__file__).resolve().parent.parent.parent
@@ -82,15 +83,27 @@ def soak(count: int, root: Path, seed: int = 0) -> Counter:
             before = read_image(Image.open(io.BytesIO(valid[path])), SPEC)
             assert np.array_equal(pixels, before), f"{path.name} shows something else than before"
     checkpoint = REPO / "weights" / "emotion_model.pth"
-    done = run("predict_emotion.py", root / "data", "--checkpoint", checkpoint, "--faces", "off", "--output",
-               root / "p.json")  # fmt: skip
+    done = run(
+        "predict_emotion.py", root / "data", "--checkpoint", checkpoint, "--faces", "off", "--output", root / "p.json"
+    )
     assert done.returncode == 0, done.stderr
     assert {Path(row["file"]) for row in json.loads((root / "p.json").read_text())} == read
     named = {path for path in files if path.name in done.stderr}
     assert named == set(files) - read, "prediction doesn't name what it left out"
     (root / "data" / "train" / "happy" / "valid.png").write_bytes(next(iter(valid.values())))
-    done = run("train_emotion_cnn.py", "--data-dir", root / "data", "--output-dir", root / "out", "--cache-dir",
-               root / "cache", "--arch", "cnn4_bn", "--epochs", 1)  # fmt: skip
+    done = run(
+        "train_emotion_cnn.py",
+        "--data-dir",
+        root / "data",
+        "--output-dir",
+        root / "out",
+        "--cache-dir",
+        root / "cache",
+        "--arch",
+        "cnn4_bn",
+        "--epochs",
+        1,
+    )
     assert done.returncode == 0, done.stderr
     assert f"left out {len(files) - len(read)} of {len(files) + 1} pictures" in done.stdout, done.stdout
     return found

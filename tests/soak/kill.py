@@ -25,14 +25,45 @@ from tests.conftest import draw_folder
 SCRIPT = Path(__file__).resolve().parent.parent.parent / "train_emotion_cnn.py"
 TIMES = {"images_per_s", "seconds"}
 LIVES, EPOCHS = 10, 45  # of one run
-SAME = ("state_dict", "train_state_dict", "optimizer", "scheduler", "ema", "best_metric", "early_stopping", "rng",
-        "class_weights", "split_hash", "epoch")  # fmt: skip
+SAME = (
+    "state_dict",
+    "train_state_dict",
+    "optimizer",
+    "scheduler",
+    "ema",
+    "best_metric",
+    "early_stopping",
+    "rng",
+    "class_weights",
+    "split_hash",
+    "epoch",
+)
 
 
 def start(root: Path, out: str, *more: str) -> subprocess.Popen:
-    words = ["--data-dir", root / "data", "--cache-dir", root / "cache", "--output-dir", root / out,
-             "--arch", "cnn4_bn", "--epochs", EPOCHS, "--batch-size", 16, "--augment", "light", "--ema", 0.9,
-             "--schedule", "onecycle", "--class-weights", "balanced", *more]  # fmt: skip
+    words = [
+        "--data-dir",
+        root / "data",
+        "--cache-dir",
+        root / "cache",
+        "--output-dir",
+        root / out,
+        "--arch",
+        "cnn4_bn",
+        "--epochs",
+        EPOCHS,
+        "--batch-size",
+        16,
+        "--augment",
+        "light",
+        "--ema",
+        0.9,
+        "--schedule",
+        "onecycle",
+        "--class-weights",
+        "balanced",
+        *more,
+    ]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-u", str(SCRIPT), *map(str, words)]
     return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -105,8 +136,10 @@ def soak(kills: int, root: Path, seed: int = 0, lives: int = LIVES) -> tuple[int
             done, writing = done + 1, writing + left
         finish(start(root, out, *resume))
         check_same_run(read_checkpoint(root / out / FINAL_NAME), whole)
-        assert same(read_checkpoint(root / out / BEST_NAME)["state_dict"],
-                    read_checkpoint(root / "whole" / BEST_NAME)["state_dict"])  # fmt: skip
+        assert same(
+            read_checkpoint(root / out / BEST_NAME)["state_dict"],
+            read_checkpoint(root / "whole" / BEST_NAME)["state_dict"],
+        )
         assert not [name for name in os.listdir(root / out) if name.endswith(".tmp")], "temporary files are left"
         runs += 1
     return writing, runs
@@ -121,8 +154,10 @@ def main() -> None:
         writing, runs = soak(args.kills, Path(folder), args.seed)
     if writing < 0.3 * args.kills:
         raise SystemExit(f"only {writing} of {args.kills} kills came while a file was being written: run it again")
-    print(f"{args.kills} kills, {writing} of them while a temporary file was being written: every checkpoint loads, "
-          f"and {runs} runs ended as one that never stopped")  # fmt: skip
+    print(
+        f"{args.kills} kills, {writing} of them while a temporary file was being written: every checkpoint loads, "
+        f"and {runs} runs ended as one that never stopped"
+    )
 
 
 if __name__ == "__main__":

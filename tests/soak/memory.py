@@ -13,8 +13,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from errors import InputError
 from inference import predict_image, predict_images
-from models import InputError, create_model
+from models import create_model
 
 STATM = Path("/proc/self/statm")  # Linux alone tells what a process holds now; elsewhere only its peak is known
 LIMIT = 20e6

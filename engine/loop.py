@@ -5,106 +5,22 @@ a function `prepare` turns images into what the network eats.
 """
 
 import contextlib
-import copy
-import ctypes
 import itertools
 import math
-import os
 import random
 import time
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from distributed import ALONE, Group
-from models import InputError
+from device import autocast, memory_format
+from engine.distributed import ALONE, Group
+from engine.optim import Ema, steps_per_batch
 
-OPTIMIZERS = ("adam", "adamw", "sgd")
-SCHEDULES = ("none", "plateau", "cosine", "onecycle")
 TEACHER_SHARE = 0.8  # of the loss, where there are teachers
-PRECISIONS = ("auto", "fp32", "bf16", "fp16")
-
-
-def pick_device(name: str = "auto") -> torch.device:
-    """"auto" is CUDA, then MPS, then the CPU. Raises InputError for a device that isn't there."""
-    rank = int(os.environ.get("LOCAL_RANK", -1))  # of torchrun, whose processes would all use the first GPU too
-    if name in ("auto", "cuda") and 0 <= rank < torch.cuda.device_count():
-        torch.cuda.set_device(rank)
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError, NotImplementedError, ImportError):
-        raise InputError(f"--device {name}: this machine or this build of PyTorch has no such device") from None
-    return device
-
-
-def pick_precision(name: str, device: torch.device) -> torch.dtype:
-    """"auto" is bfloat16 where the hardware multiplies in it, else float32. Raises InputError for what can't be."""
-    if name == "auto":
-        name = "bf16" if _has_bf16(device) else "fp32"
-    if name == "fp16" and device.type != "cuda":
-        raise InputError(f"--precision fp16 needs a CUDA device, and this is {device.type}; bf16 and fp32 work here")
-    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
-
-
-def _has_bf16(device: torch.device) -> bool:
-    if device.type == "cuda":
-        with torch.cuda.device(device):
-            return torch.cuda.is_bf16_supported(including_emulation=False)
-    if device.type == "cpu" and torch.backends.mkldnn.is_available():  # what else there is, is slower than float32
-        capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-        return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") or capabilities.get("bf16"))
-    return False
-
-
-def limit_threads(processes: int = 1) -> None:
-    """Keeps torch to its share of the CPUs that the machine and a container (cgroup v2) allow.
-
-    More threads stand in each other's way. OMP_NUM_THREADS decides for a process alone; torchrun sets it to 1.
-    """
-    if processes == 1 and "OMP_NUM_THREADS" in os.environ:
-        return
-    cpus = torch.get_num_threads() if processes == 1 else _count_cpus()
-    with contextlib.suppress(OSError, ValueError):  # no such cgroup
-        cpus = min(cpus, cpu_limit(Path("/sys/fs/cgroup/cpu.max").read_text()) or cpus)
-    torch.set_num_threads(max(1, cpus // processes))
-
-
-def _count_cpus() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def keep_freed_memory() -> None:
-    """Lets glibc keep what is freed, for the whole process; does nothing with another C library.
-
-    By default it returns large blocks to the system and fetches them anew, page by page, at every step: a tenth
-    (cnn6_bn) to a quarter (cnn4_bn) of a step on two cores.
-    """
-    with contextlib.suppress(OSError, AttributeError, TypeError):
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-4, 0)  # M_MMAP_MAX: no block is mapped on its own
-        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: the top of the heap stays
-
-
-def cpu_limit(text: str) -> int | None:
-    """The CPUs that a cgroup's cpu.max ("QUOTA PERIOD" in microseconds) allows, rounded up; None: all."""
-    quota, period = text.split()
-    return None if quota == "max" else math.ceil(int(quota) / int(period))
-
-
-def autocast(device: torch.device, precision: torch.dtype) -> torch.autocast:
-    return torch.autocast(device.type, dtype=precision, enabled=precision != torch.float32)
-
-
-def memory_format(device: torch.device) -> torch.memory_format:
-    """channels_last is what convolutions run fastest in; MPS wants plain contiguous tensors."""
-    return torch.contiguous_format if device.type == "mps" else torch.channels_last
 
 
 def seed_for(purpose: str, seed: int, epoch: int, rank: int = 0) -> int:
@@ -113,75 +29,6 @@ def seed_for(purpose: str, seed: int, epoch: int, rank: int = 0) -> int:
     Everything random in an epoch follows from (seed, epoch, rank), so a resumed run needs no generator's state.
     """
     return random.Random(f"{purpose} {seed} {epoch} {rank}").getrandbits(63)
-
-
-def make_optimizer(name: str, model: nn.Module, *, lr: float, weight_decay: float) -> torch.optim.Optimizer:
-    """Adam, AdamW, or SGD with Nesterov momentum 0.9, over the parameters that learn."""
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    fused = parameters[0].device.type in ("cpu", "cuda", "mps")
-    if name == "sgd":
-        options = {"momentum": 0.9, "nesterov": True, "fused": fused}
-        return torch.optim.SGD(parameters, lr=lr, weight_decay=weight_decay, **options)
-    kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[name]
-    return kind(parameters, lr=lr, weight_decay=weight_decay, fused=fused)
-
-
-def make_scheduler(name: str, optimizer: torch.optim.Optimizer, *, total_steps: int):
-    """torch's scheduler, or None. cosine and onecycle step after every batch, plateau after every epoch.
-
-    plateau halves the learning rate at the fourth epoch in a row without a lower validation loss. onecycle is Smith
-    & Topin 2017, arXiv:1708.07120; its peak is the optimiser's lr, and SGD's momentum and Adam's beta1 go from 0.95 to
-    0.85 and back meanwhile.
-    """
-    schedulers = torch.optim.lr_scheduler
-    if name == "plateau":
-        return schedulers.ReduceLROnPlateau(optimizer, factor=0.5, patience=3)
-    if name == "cosine":
-        return schedulers.CosineAnnealingLR(optimizer, T_max=total_steps)
-    if name == "onecycle":
-        return schedulers.OneCycleLR(optimizer, max_lr=optimizer.param_groups[0]["lr"], total_steps=total_steps)
-    return None
-
-
-def steps_per_batch(scheduler) -> bool:
-    return scheduler is not None and not isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau)
-
-
-class Ema:
-    """Exponential moving average of a network, batch-norm's running statistics included.
-
-    The decay warms up as (1 + n) / (10 + n) over the updates n, so that short runs aren't held at their start.
-    """
-
-    def __init__(self, model: nn.Module, decay: float):
-        self.model = copy.deepcopy(model).eval().requires_grad_(False)
-        self.decay, self.updates = decay, 0
-
-    @torch.no_grad()
-    def update(self, model: nn.Module) -> None:
-        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        self.updates += 1
-        averaged, current = self.model.state_dict(), model.state_dict()
-        floats = [key for key, value in averaged.items() if value.is_floating_point()]
-        torch._foreach_lerp_([averaged[key] for key in floats], [current[key] for key in floats], 1 - decay)
-        for key in averaged.keys() - set(floats):  # counters
-            averaged[key].copy_(current[key])
-
-    def state_dict(self) -> dict:
-        return {"updates": self.updates, "state_dict": self.model.state_dict()}
-
-    def load_state_dict(self, state: dict) -> None:
-        self.updates = state["updates"]
-        self.model.load_state_dict(state["state_dict"])
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether `error` is what torch or Python raise where memory, of the device or the machine, is used up."""
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return True
-    return isinstance(error, RuntimeError) and any(
-        text in str(error) for text in ("can't allocate memory", "not enough memory", "out of memory")
-    )
 
 
 class TrainStep:

@@ -1,6 +1,6 @@
 """Boxes, labels and bars on pictures and frames.
 
-    image = draw_faces(pixels, [(face, prediction), ...])           # a PIL image, no smaller than `pixels`
+image = draw_faces(pixels, [(face, prediction), ...])           # a PIL image, no smaller than `pixels`
 """
 
 import os
@@ -12,10 +12,10 @@ from PIL import Image, ImageDraw, ImageFont
 
 from checkpoints import replace_file
 from console import make_output_dir
-from decoding import read_whole
-from faces import Face
+from errors import printable
+from faces.detector import Face
 from inference import Prediction
-from models import printable
+from preprocessing import read_whole
 
 COLOURS = ("#ffd000", "#00c8ff", "#ff6ec7", "#7dff5a", "#ff8c42", "#b18cff")
 LEAST_FACE, LONGEST = 120, 1600  # pixels: small pictures are enlarged until faces have the one or they the other

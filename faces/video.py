@@ -1,7 +1,7 @@
 """Video files: their frames, the faces in them, an annotated copy and a timeline. OpenCV reads and writes them.
 
-    for number, seconds, pixels in Video("clip.mp4"):       # uint8 (H, W, 3) in RGB order
-        ...
+for number, seconds, pixels in Video("clip.mp4"):       # uint8 (H, W, 3) in RGB order
+    ...
 """
 
 import contextlib
@@ -17,10 +17,10 @@ from torch import nn
 from tqdm import tqdm
 
 from checkpoints import replace_file
-from faces import load_opencv
+from errors import InputError, printable
+from faces.detector import load_opencv
+from faces.overlay import Targets, draw_faces
 from inference import Finder, View, classify_batch, to_prediction
-from models import InputError, printable
-from overlay import Targets, draw_faces
 
 ENDINGS = {".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpeg", ".wmv", ".ogv"}
 
@@ -131,8 +131,9 @@ def classify_video(
                     time = round(seconds, 3)
                     views = [(replace(view, source=source, time=time), part) for view, part in find(pixels)]
                     results = classify_batch(model, views)
-                    shown = [(view.face, None if p is None else to_prediction(p, model.class_names))
-                             for view, p in results]  # fmt: skip
+                    shown = [
+                        (view.face, None if p is None else to_prediction(p, model.class_names)) for view, p in results
+                    ]
                     if copy and results[0][1] is not None:
                         points.append((seconds, *results[0][1].tolist()))
                     yield from results

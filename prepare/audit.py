@@ -1,7 +1,7 @@
 """What is wrong with a folder of pictures: unreadable and blank ones, copies, copies across splits or under two labels.
 
-    found = audit("fer2013")                    # a dict of plain values, for audit.json
-    print(format_audit(found))
+found = audit("fer2013")                    # a dict of plain values, for audit.json
+print(format_audit(found))
 """
 
 import hashlib
@@ -15,8 +15,9 @@ from PIL import Image
 from tqdm import tqdm
 
 from data import find_classes, walk_pictures
-from decoding import READABLE, in_chunks, read_image
-from models import InputError, InputSpec, printable
+from errors import InputError, printable
+from models import InputSpec
+from preprocessing import READABLE, in_chunks, read_image
 
 SIDE = 32  # pixels of the gray copies that are compared
 BITS = 6  # of 64 in which the hashes of near-identical pictures may differ
@@ -155,13 +156,15 @@ def _link(files: list[tuple[str, str, str]], digests: list[str], gray: np.ndarra
     found = []
     for members in groups.groups():
         rows = [files[position] for position in members]
-        found.append({
-            "kind": "identical" if len({digests[position] for position in members}) == 1 else "near",
-            "splits": sorted({split for _, split, _ in rows}),
-            "classes": sorted({class_name for _, _, class_name in rows}),
-            "files": [path for path, _, _ in rows],
-            "labels": [f"{split}/{class_name}" for _, split, class_name in rows],
-        })  # fmt: skip
+        found.append(
+            {
+                "kind": "identical" if len({digests[position] for position in members}) == 1 else "near",
+                "splits": sorted({split for _, split, _ in rows}),
+                "classes": sorted({class_name for _, _, class_name in rows}),
+                "files": [path for path, _, _ in rows],
+                "labels": [f"{split}/{class_name}" for _, split, class_name in rows],
+            }
+        )
     found.sort(key=lambda group: (-len(group["splits"]), -len(group["classes"]), -len(group["files"])))
     return found, identical, near | identical
 
@@ -244,6 +247,7 @@ def _name_files(group: dict, most: int = 4) -> str:
 
 def format_audit(found: dict, most: int = 20) -> str:
     """The report as text; of long lists the first `most`."""
+
     def listed(items: list[str]) -> list[str]:
         more = [f"  ... and {len(items) - most:,} more, in audit.json"] if len(items) > most else []
         return [f"  {printable(item)}" for item in items[:most]] + more
@@ -258,8 +262,10 @@ def format_audit(found: dict, most: int = 20) -> str:
     lines.append(f"blank: {len(found['blank']):,}")
     lines += listed(found["blank"])
     for split, count in found["leaks"].items():
-        lines.append(f"{printable(split)}/ pictures that stand in train/ too: {count['near']:,}, of which "
-                     f"{count['identical']:,} byte for byte")  # fmt: skip
+        lines.append(
+            f"{printable(split)}/ pictures that stand in train/ too: {count['near']:,}, of which "
+            f"{count['identical']:,} byte for byte"
+        )
     lines.append(f"copies of another picture, byte for byte: {found['copies']:,}")
     for kind, name in (("identical", "identical pictures"), ("near", "near-identical pictures, with their copies")):
         own = [group for group in groups if group["kind"] == kind]

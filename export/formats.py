@@ -16,8 +16,9 @@ import torch
 from torch import nn
 
 from checkpoints import build_model, check_info, is_torchscript
-from decoding import to_input
-from models import InputError, InputSpec, printable
+from errors import InputError, printable
+from models import InputSpec
+from preprocessing import to_input
 
 INFO_NAME = "emotion.json"  # of the entry in TorchScript and torch.export files; in ONNX the key of the metadata
 CONFIG_NAME = "config.json"  # beside a safetensors file
@@ -148,9 +149,11 @@ def read_exported(path: str | Path, *, trust: bool = False) -> tuple[nn.Module, 
     if not path.is_file():
         raise InputError(f"no file {path}" if not path.exists() else f"{path} is not a file")
     if path.suffix in CARRY_CODE and not trust:
-        raise InputError(f"{path} can carry code that runs when it is loaded: use the .pth or .onnx file, or, if it "
-                         "comes from someone you trust, pass --trust to predict_emotion.py or evaluate_emotion.py "
-                         "(trust=True in Python)")  # fmt: skip
+        raise InputError(
+            f"{path} can carry code that runs when it is loaded: use the .pth or .onnx file, or, if it "
+            "comes from someone you trust, pass --trust to predict_emotion.py or evaluate_emotion.py "
+            "(trust=True in Python)"
+        )
     read = {".onnx": _read_onnx, ".pt": _read_torchscript, ".pt2": _read_torch_export, ".safetensors": _read_tensors}
     try:
         run, text = read[path.suffix](path)

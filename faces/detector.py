@@ -1,7 +1,7 @@
 """Faces in photos and frames, found by OpenCV's detectors; OpenCV is an optional package.
 
-    faces = find_faces(image)                       # largest first
-    crop = crop_face(image, faces[0])               # square, framed as FER2013's pictures are
+faces = find_faces(image)                       # largest first
+crop = crop_face(image, faces[0])               # square, framed as FER2013's pictures are
 """
 
 import os
@@ -12,8 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-from decoding import read_whole
-from models import InputError
+from errors import InputError
+from preprocessing import read_whole
 
 LONGEST = 1280  # pixels; larger pictures are searched on a copy of this longer side
 CROP_SIZE = 100  # pixels; a picture of no longer side is taken for the crop of a face

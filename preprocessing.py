@@ -1,7 +1,7 @@
 """Pictures to uint8 arrays, and these to what a network eats. Training, prediction and export all decode here.
 
-    picture = read_image("photo.jpg", InputSpec())              # uint8 (C, H, W)
-    inputs = to_input(torch.from_numpy(picture)[None], InputSpec())     # float32 (1, C, H, W), normalised
+picture = read_image("photo.jpg", InputSpec())              # uint8 (C, H, W)
+inputs = to_input(torch.from_numpy(picture)[None], InputSpec())     # float32 (1, C, H, W), normalised
 """
 
 import contextlib
@@ -17,7 +17,8 @@ import numpy as np
 import torch
 from PIL import ExifTags, Image, ImageOps
 
-from models import InputError, InputSpec, printable
+from errors import InputError, printable
+from models import InputSpec
 
 READABLE = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM")  # Pillow knows others, some of which start programs
 MAX_BYTES = 512 * 2**20
@@ -118,7 +119,7 @@ def _to_pixels(image: Image.Image, spec: InputSpec, channels: int) -> np.ndarray
     return pixels[None] if channels == 1 else np.ascontiguousarray(pixels.transpose(2, 0, 1))
 
 
-def normalise(images: torch.Tensor, spec: InputSpec) -> torch.Tensor:
+def normalize(images: torch.Tensor, spec: InputSpec) -> torch.Tensor:
     """float32 (N, C, H, W) in 0-1 -> what the network eats: normalised, one gray channel expanded to three."""
     channels = images.unbind(1) * (spec.channels // images.shape[1])
     # Plain numbers, because a tensor of them would have to be copied to the device for every batch.
@@ -128,7 +129,7 @@ def normalise(images: torch.Tensor, spec: InputSpec) -> torch.Tensor:
 
 def to_input(images: torch.Tensor, spec: InputSpec) -> torch.Tensor:
     """uint8 (N, C, H, W), 0-255 -> float32 (N, spec.channels, H, W), scaled and normalised."""
-    return normalise(images.float() / 255, spec)
+    return normalize(images.float() / 255, spec)
 
 
 # Many at a time

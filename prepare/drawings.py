@@ -1,6 +1,6 @@
 """Draw small gray cartoon faces with one of seven expressions: the sample set that everything runs on out of the box.
 
-    from drawing import draw_sample_set
+    from prepare.drawings import draw_sample_set
     draw_sample_set("sample")          # writes sample/train/<class>/*.png and sample/test/<class>/*.png
 
 A face is drawn from two independent descriptions: an `Expression`, which the class decides (brows, lids, nose, mouth),

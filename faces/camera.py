@@ -1,7 +1,7 @@
 """A camera, or a file in its place: the newest frame, faces followed from frame to frame, smoothed probabilities.
 
-    for pixels, results in watch(model, class_names, Camera("0")):      # results: [(face, prediction), ...]
-        ...
+for pixels, results in watch(model, class_names, Camera("0")):      # results: [(face, prediction), ...]
+    ...
 """
 
 import threading
@@ -13,11 +13,11 @@ from pathlib import Path
 import numpy as np
 from torch import nn
 
-from decoding import read_image
-from faces import Face, crop_face, find_faces, load_opencv
+from errors import InputError
+from faces.detector import Face, crop_face, find_faces, load_opencv
+from faces.video import Video
 from inference import Prediction, View, classify_batch, to_prediction
-from models import InputError
-from video import Video
+from preprocessing import read_image
 
 
 class Camera:

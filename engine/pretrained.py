@@ -5,7 +5,8 @@ import pickle
 import torch
 from torch import nn
 
-from models import InputError, head_prefix
+from errors import InputError
+from models import head_prefix
 
 
 def load_imagenet_weights(model: nn.Module) -> None:

@@ -1,7 +1,7 @@
 """Augmentation of whole batches on the device, with named strengths.
 
-    strengths = parse_augment("flip,rotation=10,translate=0.1")
-    inputs = augment(images, spec, strengths, generator)        # uint8 (N, C, H, W) -> normalised float32
+strengths = parse_augment("flip,rotation=10,translate=0.1")
+inputs = augment(images, spec, strengths, generator)        # uint8 (N, C, H, W) -> normalised float32
 """
 
 from dataclasses import dataclass, fields
@@ -9,8 +9,9 @@ from dataclasses import dataclass, fields
 import torch
 from torch.nn import functional as F
 
-from decoding import normalise
-from models import InputError, InputSpec
+from errors import InputError
+from models import InputSpec
+from preprocessing import normalize
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ def augment(images: torch.Tensor, spec: InputSpec, strengths: Strengths, generat
     if strengths.contrast:
         mean = inputs.mean((1, 2, 3), keepdim=True)
         inputs = ((inputs - mean) * _factor(uniform[1], strengths.contrast) + mean).clamp(0, 1)
-    inputs = normalise(inputs, spec)
+    inputs = normalize(inputs, spec)
     if strengths.has_geometry:
         theta = affine_matrices(uniform[2:10], strengths)
         height, width = (round(strengths.window * side) for side in inputs.shape[2:])

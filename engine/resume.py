@@ -14,7 +14,6 @@ import torch
 from torch import nn
 
 import reports
-from augment import augment, parse_augment
 from checkpoints import (
     BEST_NAME,
     FINAL_NAME,
@@ -26,23 +25,15 @@ from checkpoints import (
     save_checkpoint,
     to_deployed,
 )
-from decoding import to_input
-from distributed import ALONE, Group
-from engine import (
-    Ema,
-    TrainStep,
-    evaluate,
-    loss_and_accuracy,
-    make_optimizer,
-    make_scheduler,
-    memory_format,
-    pick_precision,
-    seed_for,
-    to_log_probs,
-    train_one_epoch,
-)
-from finetuning import freeze, load_imagenet_weights, train_mode
-from models import InputError, create_model, get_arch, printable
+from device import memory_format, pick_precision
+from engine.augment import augment, parse_augment
+from engine.distributed import ALONE, Group
+from engine.loop import TrainStep, evaluate, loss_and_accuracy, seed_for, to_log_probs, train_one_epoch
+from engine.optim import Ema, make_optimizer, make_scheduler
+from engine.pretrained import freeze, load_imagenet_weights, train_mode
+from errors import InputError, printable
+from models import create_model, get_arch
+from preprocessing import to_input
 from splits import Batches, Splits, draw_order
 
 HISTORY_NAME = "training_history.csv"
@@ -50,8 +41,16 @@ REPORTS = (HISTORY_NAME, "training_history.png", *reports.result_files({}))
 # Settings that may differ from the resumed run's. data_dir is among them because the pictures themselves are compared;
 # so are the teachers.
 FREE_ON_RESUME = {
-    "epochs", "device", "output_dir", "resume", "data_dir", "cache_dir", "tensorboard", "strict", "teacher",
-}  # fmt: skip
+    "epochs",
+    "device",
+    "output_dir",
+    "resume",
+    "data_dir",
+    "cache_dir",
+    "tensorboard",
+    "strict",
+    "teacher",
+}
 PREVIOUS = ".previous.pth"  # in the place of .pth: the checkpoints of the run before in the same folder
 CHECKPOINTS = (BEST_NAME, FINAL_NAME, *(str(Path(name).with_suffix(PREVIOUS)) for name in (BEST_NAME, FINAL_NAME)))
 
@@ -160,15 +159,18 @@ class Run:
         checkpoint = read_checkpoint(path)
         model = build_model(checkpoint, path)
         if parse_augment(self.settings["augment"]).window < 1 and not get_arch(model.arch).takes_any_size:
-            raise InputError(f"--teacher {path}: {model.arch} takes pictures of one size only; pass --augment without "
-                             "window")  # fmt: skip
+            raise InputError(
+                f"--teacher {path}: {model.arch} takes pictures of one size only; pass --augment without window"
+            )
         for name, its, own in (
             ("classes", checkpoint["class_names"], self.splits.class_names),
             ("input", model.input_spec.to_dict(), self.splits.spec.to_dict()),
         ):
             if its != own:
-                raise InputError(f"--teacher {path}: its {name} must be those of the network that learns; it has "
-                                 f"{its}, and here are {own}")  # fmt: skip
+                raise InputError(
+                    f"--teacher {path}: its {name} must be those of the network that learns; it has "
+                    f"{its}, and here are {own}"
+                )
         self.notes.append(f"{printable(path)}: {model.arch} teaches")
         return model.to(self.device, memory_format=memory_format(self.device)).requires_grad_(False)
 
@@ -198,8 +200,10 @@ class Run:
         logits, labels = self.measure(self.validated_model, self.splits.val, self.group)
         val_loss, val_acc = loss_and_accuracy(to_log_probs(logits), labels)
         if not math.isfinite(val_loss):  # by the epoch's last update, which no training loss saw
-            raise InputError(f"epoch {number}: the validation loss became {val_loss} at learning rate {lr:g}; try a "
-                             "lower --lr or --clip-grad 1 (checkpoints of earlier epochs stay)")  # fmt: skip
+            raise InputError(
+                f"epoch {number}: the validation loss became {val_loss} at learning rate {lr:g}; try a "
+                "lower --lr or --clip-grad 1 (checkpoints of earlier epochs stay)"
+            )
         if self.settings["schedule"] == "plateau":
             self.step.scheduler.step(val_loss)
         row = {"epoch": number, "lr": lr, "train_loss": done["loss"], "train_acc": done["acc"]}
@@ -231,9 +235,7 @@ class Run:
         group.average_statistics(self.model, *filter(None, [self.step.ema and self.step.ema.model]))
         return done
 
-    def measure(
-        self, model: nn.Module, batches: Batches, group: Group = ALONE
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def measure(self, model: nn.Module, batches: Batches, group: Group = ALONE) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits (1, N, num_classes) and labels (N,), in float32 and without augmentation.
 
         In a group each process takes a part, and every one gets the whole; a part may be empty only of fewer
@@ -289,8 +291,10 @@ class Run:
         """A line where the output folder holds another run's results, which are kept once."""
         if self.is_resumed or not (self.output_dir / BEST_NAME).exists():
             return []
-        return [f"when the first epoch has ended, the earlier results in {printable(self.output_dir)} are kept as "
-                "best_emotion_model.previous.pth and so on"]  # fmt: skip
+        return [
+            f"when the first epoch has ended, the earlier results in {printable(self.output_dir)} are kept as "
+            "best_emotion_model.previous.pth and so on"
+        ]
 
     def _keep_previous(self) -> None:
         for path in (self.output_dir / BEST_NAME, self.output_dir / FINAL_NAME):
@@ -319,15 +323,19 @@ class Run:
         if checkpoint.get("teacher_hashes", []) != self.teacher_hashes:
             raise InputError(f"--resume: --teacher must name the networks that taught the run in {path}, in that order")
         if path.name.endswith(PREVIOUS):
-            raise InputError(f"--resume: copy {path} and the best checkpoint that ends so too, as {FINAL_NAME} and "
-                             f"{BEST_NAME}, into a folder of their own, and resume there")  # fmt: skip
+            raise InputError(
+                f"--resume: copy {path} and the best checkpoint that ends so too, as {FINAL_NAME} and "
+                f"{BEST_NAME}, into a folder of their own, and resume there"
+            )
         best = path.with_name(BEST_NAME)
         if not best.exists():
             raise InputError(f"--resume: {BEST_NAME} is missing beside {path}; put it back or train anew")
         best_checkpoint = read_checkpoint(best)
         if not _is_same_run(best_checkpoint, checkpoint):
-            raise InputError(f"--resume: {best} is of another run than {path}, or of later epochs; put the right one "
-                             "back or train anew")  # fmt: skip
+            raise InputError(
+                f"--resume: {best} is of another run than {path}, or of later epochs; put the right one "
+                "back or train anew"
+            )
         try:
             self._load(checkpoint)
         except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:

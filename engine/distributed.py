@@ -1,7 +1,7 @@
 """Many processes that train one network, as torchrun starts them: who this one is, and what they tell each other.
 
-    group, device = join(pick_device("auto"))   # alone, or one of torchrun's processes
-    start, stop = group.share(0, 128)           # this one's part of a batch
+group, device = join(pick_device("auto"))   # alone, or one of torchrun's processes
+start, stop = group.share(0, 128)           # this one's part of a batch
 """
 
 import contextlib
@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from models import InputError
+from errors import InputError
 
 TIMEOUT = timedelta(hours=2)  # the first process of a machine may decode a large set while the others wait
 

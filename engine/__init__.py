@@ -1,0 +1,1 @@
+"""What training needs: the step and the epoch, augmentation, optimizers, many processes, resuming."""

@@ -1,0 +1,1 @@
+"""What export_emotion.py does: file formats and quantization."""

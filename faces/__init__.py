@@ -1,0 +1,1 @@
+"""Faces in photos, videos and camera frames: finding, cropping, drawing."""
