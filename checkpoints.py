@@ -17,11 +17,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from engine.pretrained import load_backbone
 from errors import InputError, printable
-from models import InputSpec, create_model, head_prefix, input_spec_for
+from models import InputSpec, ModelInfo, create_model, input_spec_for
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+# Version 1 kept a scratch network as one nn.Sequential. Its first layers are `features` now, the rest `classifier`.
+V1_FEATURES = {"cnn6_bn": 24, "cnn6_rgb": 19, "cnn4_bn": 16, "cnn4": 13, "seresnet13": 11}
 MAX_CLASSES = 10_000
 MAX_INFLATION = 10  # of a compressed file; float32 weights hardly shrink
 PATHS = ("data_dir", "weights", "teacher", "cache_dir", "tensorboard")  # settings that name places on the machine
@@ -39,21 +40,20 @@ _TYPES = {
 }
 
 
-def make_checkpoint(
-    model: nn.Module, class_names: list[str], *, trained_on: str, epoch: int, metrics: dict, config: dict
-) -> dict:
-    """What a checkpoint of `model` (plain, not wrapped) holds; `metrics` and `config` must be plain values.
+def make_checkpoint(model: nn.Module, *, epoch: int, metrics: dict, config: dict) -> dict:
+    """The checkpoint of `model` (bare, not wrapped) as a dict; `metrics` and `config` must hold plain values.
 
-    On the CPU the tensors are the network's own, not copies, so that a file which names them twice holds them once.
+    On the CPU the tensors are the model's own, not copies, so that a file that names them twice stores them once.
     """
+    info = model.info
     return {
         "format_version": FORMAT_VERSION,
-        "arch": model.arch,
-        "num_classes": model.num_classes,
-        "class_names": list(class_names),
-        "input_spec": model.input_spec.to_dict(),
-        "temperature": 1.0,
-        "trained_on": trained_on,
+        "arch": info.arch,
+        "num_classes": info.num_classes,
+        "class_names": list(info.class_names),
+        "input_spec": info.input_spec.to_dict(),
+        "temperature": info.temperature,
+        "trained_on": info.trained_on,
         "state_dict": {key: value.detach().cpu() for key, value in model.state_dict().items()},
         "epoch": epoch,
         "metrics": metrics,
@@ -61,12 +61,14 @@ def make_checkpoint(
     }
 
 
-def to_deployed(config: dict) -> dict:
-    """What the checkpoint that deploys keeps of `config`: no folder; of --weights and --teacher the files' names."""
+def without_folders(config: dict) -> dict:
+    """`config` as a file to hand on keeps it: no folder, and of --weights and --teacher the files' names."""
+
+    def name_of(path):
+        return [name_of(each) for each in path] if isinstance(path, list) else path and Path(str(path)).name
+
     kept = {name: value for name, value in config.items() if name not in PATHS}
-    teachers = config.get("teacher")
-    teachers = [Path(str(path)).name for path in teachers] if isinstance(teachers, list) else None
-    return kept | {"weights": config.get("weights") and Path(str(config["weights"])).name, "teacher": teachers}
+    return kept | {name: name_of(config.get(name)) for name in ("weights", "teacher")}
 
 
 def replace_file(path: str | Path, write) -> None:
@@ -109,7 +111,7 @@ def save_checkpoint(checkpoint: dict, path: str | Path) -> None:
     replace_file(path, write)
 
 
-def _read(path: Path):
+def load_file(path: Path):
     """What torch.load makes of `path` without running code; InputError with one line where it refuses."""
     try:
         if not path.exists():
@@ -180,7 +182,7 @@ def read_checkpoint(path: str | Path) -> dict:
 
     Raises InputError with one line for anything else, a file that would run code when loaded among them.
     """
-    return _check(_read(Path(path)), path)
+    return parse_checkpoint(load_file(Path(path)), path)
 
 
 def adopt_checkpoint(path: str | Path, arch: str, class_names: list[str]) -> dict:
@@ -192,10 +194,10 @@ def adopt_checkpoint(path: str | Path, arch: str, class_names: list[str]) -> dic
     """
     if not isinstance(class_names, list | tuple) or not all(isinstance(name, str) for name in class_names):
         raise InputError(f"class_names must be a list of names, in the order of the logits, not {class_names!r:.100}")
-    loaded = _read(Path(path))
-    if isinstance(loaded, dict) and "format_version" in loaded:
+    loaded = load_file(Path(path))
+    if is_checkpoint(loaded):
         raise InputError(f"{path} is a checkpoint of this project, which has its own arch and class names")
-    state_dict = _unwrap(loaded)
+    state_dict = find_state_dict(loaded)
     if state_dict is None:
         raise InputError(f"{path} holds no state_dict")
     spec = input_spec_for(arch).to_dict()
@@ -212,35 +214,64 @@ def adopt_checkpoint(path: str | Path, arch: str, class_names: list[str]) -> dic
         "config": {},
         "epoch": 0,
         "trained_on": "what another tool had",
-        "state_dict": _rename(state_dict, own),
+        "state_dict": match_keys(state_dict, own),
     }
     return check_info(checkpoint, path)
 
 
-def _check(checkpoint, path: str | Path) -> dict:
-    if not isinstance(checkpoint, dict) or "format_version" not in checkpoint:
+def is_checkpoint(loaded) -> bool:
+    return isinstance(loaded, dict) and "format_version" in loaded
+
+
+def parse_checkpoint(loaded, path: str | Path) -> dict:
+    """What load_file returned for `path` as a checkpoint in the current format; raises InputError if it is none."""
+    if not is_checkpoint(loaded):
         raise InputError(
             f"{path} is not a checkpoint of this project (bare weights go to training, with --weights, "
             "or to load_model, with arch and class_names)"
         )
-    check_info(checkpoint, path)
-    if not isinstance(checkpoint.get("state_dict"), dict):
+    check_info(loaded, path)
+    if not isinstance(loaded.get("state_dict"), dict):
         raise InputError(f"{path} is damaged: its 'state_dict' is missing or no dict")
-    return checkpoint
+    return upgrade(loaded)
+
+
+def upgrade(checkpoint: dict) -> dict:
+    """`checkpoint`, of any version that is read, in the current one."""
+    features = V1_FEATURES.get(checkpoint["arch"])
+    if checkpoint["format_version"] == FORMAT_VERSION or features is None:
+        return checkpoint | {"format_version": FORMAT_VERSION}
+
+    def rename(key):
+        found = re.fullmatch(r"(\d{1,3})\.(.+)", key) if isinstance(key, str) else None
+        if found is None:
+            return key
+        position = int(found[1])
+        child = f"features.{position}" if position < features else f"classifier.{position - features}"
+        return f"{child}.{found[2]}"
+
+    def renamed(state_dict):
+        return {rename(key): value for key, value in state_dict.items()} if isinstance(state_dict, dict) else state_dict
+
+    parts = {name: renamed(checkpoint[name]) for name in ("state_dict", "train_state_dict") if name in checkpoint}
+    if isinstance(checkpoint.get("ema"), dict):
+        parts["ema"] = checkpoint["ema"] | {"state_dict": renamed(checkpoint["ema"].get("state_dict"))}
+    return checkpoint | parts | {"format_version": FORMAT_VERSION}
 
 
 def get_info(checkpoint: dict) -> dict:
     """What an exported file says of the network: all of a checkpoint that deploys, but the weights."""
     info = {key: checkpoint[key] for key in ("format_version", *_TYPES)}
-    return info | {"config": to_deployed(info["config"])}
+    return info | {"config": without_folders(info["config"])}
 
 
 def check_info(checkpoint: dict, path: str | Path) -> dict:
     """`checkpoint` where what it says of its network is whole; raises InputError that names `path` where it isn't."""
-    if checkpoint.get("format_version") != FORMAT_VERSION:
+    version = checkpoint.get("format_version")
+    if version not in (1, FORMAT_VERSION):
         raise InputError(
-            f"{path} has checkpoint format {checkpoint.get('format_version')!r}, and this version reads "
-            f"{FORMAT_VERSION}: use the version of this project that wrote it"
+            f"{path} has checkpoint format {version!r}, and this version reads 1 and {FORMAT_VERSION}: use the version "
+            "of this project that wrote it"
         )
     for key, kind in _TYPES.items():
         if not isinstance(checkpoint.get(key), kind):
@@ -284,15 +315,16 @@ def _fit(checkpoint: dict, spec: InputSpec) -> nn.Module:
 
 
 def build_model(checkpoint: dict, path: str | Path = "the checkpoint") -> nn.Module:
-    """The network of a checkpoint on the CPU, in evaluation mode, with `class_names`, `temperature`, `trained_on`.
+    """The model of a checkpoint on the CPU in float32, in evaluation mode, with its `info`.
 
     Raises InputError where arch, weights and shapes don't belong together; `path` is named in it.
     """
     try:
-        spec = InputSpec.from_dict(checkpoint["input_spec"])
+        info = ModelInfo.from_dict(checkpoint)
+        spec = info.input_spec
         model = _fit(checkpoint, spec)
-        if spec.channels != model.input_spec.channels:
-            raise InputError(f"its input_spec has {spec.channels} channels, not {model.input_spec.channels}")
+        if spec.channels != model.info.input_spec.channels:
+            raise InputError(f"its input_spec has {spec.channels} channels, not {model.info.input_spec.channels}")
         kinds = {key: value.dtype for key, value in model.state_dict().items()}
         weights = {key: value.to(kinds[key], copy=True) for key, value in checkpoint["state_dict"].items()}
         model.load_state_dict(weights, assign=True)
@@ -304,43 +336,11 @@ def build_model(checkpoint: dict, path: str | Path = "the checkpoint") -> nn.Mod
     except (RuntimeError, AttributeError, TypeError) as error:
         reason = " ".join(str(error).split())[:300]
         raise InputError(f"{path}: its weights don't fit {checkpoint['arch']}: {reason}") from None
-    model.input_spec = spec
-    for key in ("class_names", "temperature", "trained_on"):
-        setattr(model, key, checkpoint[key])
+    model.info = info
     return model.eval()
 
 
-def load_initial_weights(model: nn.Module, path: str | Path, class_names: list[str] | None = None) -> str:
-    """Starts `model` from one of our checkpoints of the same arch, or from a state_dict such as torchvision's.
-
-    A state_dict may also stand in a dict under the names that other tools give it, its keys behind "module."; where the
-    keys are others than those of our scratch network, tensors are taken in order, if their shapes agree.
-
-    A last layer of another size, or made for other classes than `class_names`, is left as it is. Returns one line
-    that says what was loaded; raises InputError where the file is of another arch or does not fit.
-    """
-    loaded = _read(Path(path))
-    if isinstance(loaded, dict) and "format_version" in loaded:
-        checkpoint = _check(loaded, path)
-        if checkpoint["arch"] != model.arch:
-            raise InputError(f"--weights {path} is of arch {checkpoint['arch']}, but --arch is {model.arch}")
-        is_other = class_names is not None and checkpoint["class_names"] != class_names
-        return _load_matching(model, checkpoint["state_dict"], path, keep_last=not is_other)
-    loaded = _unwrap(loaded)
-    if loaded is None:
-        raise InputError(f"--weights {path} holds neither a checkpoint nor a state_dict")
-    if head_prefix(model.arch):
-        own_head = {key for key in model.state_dict() if key.startswith(head_prefix(model.arch))}
-        if not own_head <= set(loaded):  # torchvision's file, whose head is of another make
-            try:
-                load_backbone(model, loaded)
-            except InputError as error:
-                raise InputError(f"--weights {path}: {error}") from None
-            return f"{path}: backbone loaded, the head starts anew"
-    return _load_matching(model, loaded, path)
-
-
-def _unwrap(loaded) -> dict[str, torch.Tensor] | None:
+def find_state_dict(loaded) -> dict[str, torch.Tensor] | None:
     """The state_dict in what was loaded, also in the usual layouts of other tools; None where there is none."""
     for name in ("model_state_dict", "state_dict", "model"):
         if isinstance(loaded, dict) and isinstance(loaded.get(name), dict):
@@ -355,33 +355,9 @@ def _unwrap(loaded) -> dict[str, torch.Tensor] | None:
     return loaded or None
 
 
-def _rename(state_dict: dict[str, torch.Tensor], own: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def match_keys(state_dict: dict[str, torch.Tensor], own: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """`state_dict` under the names of `own`, in order, where it has others and shapes agree, but for the last layer."""
     shapes, expected = ([value.shape for value in weights.values()] for weights in (state_dict, own))
     if state_dict.keys() == own.keys() or len(shapes) != len(expected) or shapes[:-2] != expected[:-2]:
         return state_dict
     return dict(zip(own, state_dict.values(), strict=True))
-
-
-def _load_matching(
-    model: nn.Module, state_dict: dict[str, torch.Tensor], path: str | Path, *, keep_last: bool = True
-) -> str:
-    """Loads all of `state_dict`; the last layer is left as it is where the file's is another, by size or by meaning."""
-    own, theirs = model.state_dict(), state_dict
-    last = list(own)[-1].rpartition(".")[0]  # the layer that makes logits stands last in every network here
-    replaced = {key: own[key] for key in own if key.startswith(last + ".")}
-    try:
-        state_dict = _rename(theirs, own)
-        if keep_last:
-            replaced = {key: value for key, value in replaced.items() if value.shape != state_dict[key].shape}
-        model.load_state_dict({**state_dict, **replaced})
-        if not all(value.isfinite().all() for value in model.state_dict().values()):
-            raise InputError(f"--weights {path} is damaged: it holds values that are no finite numbers")
-    except (RuntimeError, KeyError, AttributeError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise InputError(f"--weights {path} doesn't fit --arch {model.arch}: {reason}") from None
-    how = "" if state_dict is theirs else ", in order, since their names are others"
-    if replaced:
-        there, here = (list(weights[last + ".weight"].shape) for weights in (state_dict, own))
-        how = f" but the last layer's{how}: other classes or size, {there} there and {here} here"
-    return f"{path}: all weights loaded{how}"

@@ -1,11 +1,10 @@
 """What the scripts share as command lines: one line for a user's mistake, exit codes, folders to write to."""
 
 import argparse
+import math
 import os
-import signal
 import sys
 import tempfile
-import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -30,7 +29,6 @@ def run_script(main: Callable[[], int | None]) -> None:
             os._exit(code or 0)
         sys.exit(code)
     except InputError as error:
-        _let_the_first_speak()
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except (MemoryError, RuntimeError) as error:
@@ -49,12 +47,18 @@ def run_script(main: Callable[[], int | None]) -> None:
         sys.exit(1)
 
 
-def _let_the_first_speak() -> None:
-    """Of torchrun's processes the first one says what is wrong with all, and torchrun then ends the others."""
-    if int(os.environ.get("RANK", 0)) > 0:
-        signal.set_wakeup_fd(-1)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        time.sleep(30)
+def number(kind: type, low: float, high: float = math.inf, *, below: bool = False):
+    """An argparse type: a finite int or float from `low` to `high`, or with `below` strictly less than `high`."""
+
+    def parse(text: str):
+        value = kind(text)
+        if not (low <= value <= high and math.isfinite(value)) or (below and value == high):
+            end = "" if high == math.inf else f" and {'below' if below else 'at most'} {high:g}"
+            raise argparse.ArgumentTypeError(f"must be at least {low:g}{end}, not {text}")
+        return value
+
+    parse.__name__ = "integer" if kind is int else "number"  # argparse's message for other text
+    return parse
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -64,7 +68,6 @@ class ArgumentParser(argparse.ArgumentParser):
         super().__init__(**{"allow_abbrev": False, **options})
 
     def error(self, message: str):
-        _let_the_first_speak()
         self.exit(2, f"error: {message}\n")
 
 

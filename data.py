@@ -1,17 +1,16 @@
-"""Folders of pictures as uint8 arrays, decoded once and cached. splits.py makes batches of them.
+"""Folders of images sorted by class: their splits and files, and a split as one uint8 array, decoded once and cached.
 
-images = FolderImages("train", InputSpec())         # images.images: uint8 (N, C, H, W)
+folders = find_splits("fer2013")                    # {"train": Path, "val": Path, "test": Path}
+data = FolderImages(folders["train"], InputSpec())  # data.images: uint8 (N, C, H, W)
 """
 
 import contextlib
 import hashlib
-import io
 import json
 import os
-import struct
 import sys
 import time
-import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,11 +21,14 @@ from errors import InputError, printable
 from models import InputSpec
 from preprocessing import decode_paths, in_chunks
 
-CACHE_VERSION = 4  # raise it whenever decoding or the cache's layout changes
+CACHE_VERSION = 5  # raise it whenever decoding or the cache's layout changes
 EXTENSIONS = {".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm", ".pbm"}
 SAMPLE_PREFIX, SAMPLE_SET = "drawing_", "the sample set of drawings"  # its files' names, what checkpoints call it
 _CHUNK_BYTES = 2**22  # of pictures decoded by one task
-_FOOTER = struct.Struct("<QI")  # of a cache file: the trailer's length, the CRC-32 of all before the footer
+_HEADER_BYTES = 128  # of a .npy file; numpy pads the header of any shape of ours to this length
+
+
+_SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}  # by lower-case name
 
 
 # Folders
@@ -64,6 +66,24 @@ def find_classes(folder: str | Path) -> list[str]:
     if not names:
         raise InputError(f"{folder} holds no class folders; make one for each class, pictures inside")
     return names
+
+
+def find_splits(folder: str | Path) -> dict[str, Path]:
+    """The folders of "train", "val" and "test" in `folder`, in that order, as far as they exist.
+
+    Their names may be in any case, and val/ may be called valid/ or validation/. Empty for a folder of another kind,
+    such as one that itself holds class folders, or a missing one. Raises InputError if one split is there twice.
+    """
+    found: dict[str, Path] = {}
+    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name) if os.path.isdir(folder) else ():
+        split = _SPLITS.get(entry.name.lower())
+        if split and _is_folder(entry):
+            if split in found:
+                raise InputError(
+                    f"{folder} holds {found[split].name}/ and {entry.name}/, both of them {split}; keep one"
+                )
+            found[split] = Path(entry.path)
+    return {split: found[split] for split in ("train", "val", "test") if split in found}
 
 
 def walk_pictures(folder: str | Path) -> list[os.DirEntry]:
@@ -137,17 +157,17 @@ def hash_pixels(picture: np.ndarray) -> str:
 
 
 class FolderImages:
-    """A folder of class folders, decoded once, as one uint8 array that is memory-mapped from the cache.
+    """A folder of class folders as one uint8 array, decoded once and memory-mapped from the cache.
 
-    images      uint8 (N, C, H, W); C is 1 where every picture is gray, else `spec.stored_channels`
+    images      uint8 (N, C, H, W); C is 1 if every image is gray, else `spec.stored_channels`
     labels      int64 (N,), positions in `class_names`
     paths       list of N paths
-    digests     list of N hashes of the pixels; equal pictures have equal ones
-    unreadable  dict, path to reason, of the pictures that are left out
-    notes       list of lines that the user should see
+    digests     list of N hashes of the pixels; equal images have equal ones
+    unreadable  dict, path to reason, of the images that are left out
+    notes       list of lines for the user
 
     `class_names` defaults to the folder's own. Raises InputError for a missing or empty folder, unknown classes, a
-    class left without pictures, and with `strict` for the first picture that can't be read.
+    class without a readable image, and with `strict` for the first image that can't be read.
     """
 
     def __init__(
@@ -162,9 +182,10 @@ class FolderImages:
         self.folder, self.spec, self.notes = Path(folder), spec, []
         self.class_names = class_names or find_classes(folder)
         listed = list_pictures(folder, self.class_names)
-        self.images, self.digests, unreadable = self._load_or_build(listed, Path(cache_dir or default_cache_dir()))
-        self.unreadable = {listed[int(row)].path: reason for row, reason in unreadable.items()}
-        kept = [picture for row, picture in enumerate(listed) if str(row) not in unreadable]
+        self.images, info = self._load_or_build(listed, Path(cache_dir or default_cache_dir()))
+        self.digests = info["digests"]
+        self.unreadable = {listed[int(row)].path: reason for row, reason in info["unreadable"].items()}
+        kept = [picture for row, picture in enumerate(listed) if str(row) not in info["unreadable"]]
         self.paths = [picture.path for picture in kept]
         self.labels = np.array([picture.label for picture in kept], dtype=np.int64)
         self._report_unreadable(strict, {picture.label for picture in listed})
@@ -183,57 +204,73 @@ class FolderImages:
             self.notes += lines[:50] + [f"... and {len(lines) - 50} more"] * (len(lines) > 50)
             self.notes.append(f"left out {len(lines)} of {len(lines) + len(self)} pictures in {printable(self.folder)}")
 
-    def _load_or_build(self, listed: list[Picture], cache_dir: Path):
+    def _load_or_build(self, listed: list[Picture], cache_dir: Path) -> tuple[np.ndarray, dict]:
+        """The images and {"shape", "digests", "unreadable"}, from the cache or decoded into it."""
         path = cache_dir / self._cache_name(listed)
         try:
-            images, digests, unreadable = _read_cache(path)
-            again = decode_paths([listed[int(row)].path for row in unreadable], self.spec, self.spec.stored_channels)
+            images, info = _read_cache(path)
+            paths = [listed[int(row)].path for row in info["unreadable"]]
+            again = decode_paths(paths, self.spec, self.spec.stored_channels)
             if all(isinstance(result, str) for result in again):  # else a disk or a permission was mended
-                return images, digests, unreadable
+                return images, info
             del images  # Windows can't replace a file that is mapped
         except (OSError, ValueError, KeyError, TypeError):
             pass  # none yet, or a damaged one, which is rebuilt
         try:
             cache_dir.mkdir(parents=True, exist_ok=True)
-            temporary = path.with_suffix(f".{os.getpid()}.tmp")
-            try:
-                with temporary.open("wb") as file:
-                    self._decode_into(file, listed)
-                with contextlib.suppress(PermissionError):  # Windows, where another run was first and has it open
-                    os.replace(temporary, path)
-            finally:
-                temporary.unlink(missing_ok=True)
-            _remove_stale(path)
+            self._write_cache(path, listed)
             return _read_cache(path)
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or error
             self.notes.append(f"no cache in {cache_dir} ({reason}): this run keeps the pictures in memory")
-            file = io.BytesIO()
-            self._decode_into(file, listed)
-            return _parse_cache(np.frombuffer(file.getbuffer(), np.uint8))
+            rows: list[np.ndarray] = []
+            info = self._decode(listed, rows.append, rows.clear)
+            return np.stack(rows) if rows else np.zeros(info["shape"], np.uint8), info
 
     def _cache_name(self, listed: list[Picture]) -> str:
-        """FOLDER-SPEC-FILES.cache, so that stale ones of the same folder and spec can be told."""
+        """FOLDER-SPEC-FILES.npy: a hash of each, so that stale ones of the same folder and spec can be told."""
         folder = os.path.realpath(self.folder)
         files = [CACHE_VERSION, *((os.path.relpath(picture.path, self.folder), *picture.stat) for picture in listed)]
         spec = (self.spec.image_size, self.spec.stored_channels)
         parts = [os.fsencode(folder), repr(spec).encode(), repr(files).encode("utf-8", "surrogateescape")]
-        return "-".join(hashlib.sha256(part).hexdigest()[:16] for part in parts) + ".cache"
+        return "-".join(hashlib.sha256(part).hexdigest()[:16] for part in parts) + ".npy"
 
-    def _decode_into(self, file, listed: list[Picture]) -> None:
-        """Writes the cache: pixels, a JSON trailer, then the trailer's length and the CRC-32 of all before it."""
-        result = self._decode(file, listed, channels=1)
-        if result is None:  # no gray set after all
-            result = self._decode(file, listed, channels=self.spec.stored_channels)
-        trailer, crc = result
-        encoded = json.dumps(trailer).encode()
-        file.write(encoded + _FOOTER.pack(len(encoded), zlib.crc32(encoded, crc)))
+    def _write_cache(self, path: Path, listed: list[Picture]) -> None:
+        """Decodes into `path`, with all else in the JSON file next to it.
 
-    def _decode(self, file, listed: list[Picture], channels: int) -> tuple[dict, int] | None:
-        """Writes the pixels, returns the trailer and their CRC; None at the first picture that needs more channels."""
-        trailer, crc = {"unreadable": {}, "digests": []}, 0
-        file.seek(0)
-        file.truncate()
+        The pixels go through write(), which reports a full disk; a memory map would end the process there.
+        """
+        temporary, info_path = path.with_suffix(f".{os.getpid()}.tmp"), path.with_suffix(".json")
+        try:
+            with temporary.open("wb") as file:
+                file.seek(_HEADER_BYTES)
+                info = self._decode(listed, file.write, lambda: file.truncate(file.seek(_HEADER_BYTES)))
+                file.seek(0)
+                header = {"descr": "|u1", "fortran_order": False, "shape": tuple(info["shape"])}
+                np.lib.format.write_array_header_1_0(file, header)
+            info_path.unlink(missing_ok=True)  # the pixels are valid from the moment that it is there again
+            with contextlib.suppress(PermissionError):  # Windows, if another run was first and has it open
+                os.replace(temporary, path)
+            temporary.write_text(json.dumps(info), encoding="utf-8")
+            os.replace(temporary, info_path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        _remove_stale(path)
+
+    def _decode(self, listed: list[Picture], add: Callable, start_over: Callable) -> dict:
+        """Calls `add` with the pixels of each readable image, uint8 (C, H, W), in order; returns the cache's info.
+
+        C is 1 until the first color image; then `start_over` is called, and all are decoded again.
+        """
+        for channels in dict.fromkeys((1, self.spec.stored_channels)):
+            start_over()
+            info = {"unreadable": {}, "digests": []}
+            if self._decode_with(listed, add, info, channels):
+                break
+        return info | {"shape": [len(info["digests"]), channels, self.spec.image_size, self.spec.image_size]}
+
+    def _decode_with(self, listed: list[Picture], add: Callable, info: dict, channels: int) -> bool:
+        """False at the first image that needs more `channels`."""
         title = f"decoding {printable(self.folder.name)}"
         with tqdm(total=len(listed), desc=title, unit="img", leave=False, disable=None) as bar:
             size = min(256, 1 + _CHUNK_BYTES // (channels * self.spec.image_size**2))
@@ -241,35 +278,26 @@ class FolderImages:
             for start, results in in_chunks(paths, lambda chunk: decode_paths(chunk, self.spec, channels), size):
                 for row, result in enumerate(results, start):
                     if result is None:
-                        return None
+                        return False
                     if isinstance(result, str):
-                        trailer["unreadable"][str(row)] = result
-                        continue
-                    trailer["digests"].append(hash_pixels(result))
-                    crc = zlib.crc32(result, crc)
-                    file.write(result)
+                        info["unreadable"][str(row)] = result
+                    else:
+                        info["digests"].append(hash_pixels(result))
+                        add(result)
                 bar.update(len(results))
-        trailer["shape"] = [len(trailer["digests"]), channels, self.spec.image_size, self.spec.image_size]
-        return trailer, crc
+        return True
 
 
-def _read_cache(path: Path):
-    """(images, digests, unreadable) of a cache file; OSError or ValueError where there is none or it is damaged."""
-    return _parse_cache(np.memmap(path, np.uint8, mode="r"))
-
-
-def _parse_cache(raw: np.ndarray):
-    if len(raw) < _FOOTER.size:
-        raise ValueError("cut short")
-    body = raw[: -_FOOTER.size]
-    length, crc = _FOOTER.unpack(raw[-_FOOTER.size :].tobytes())
-    found = 0
-    for start in range(0, len(body), 1 << 24):
-        found = zlib.crc32(body[start : start + (1 << 24)], found)
-    if found != crc or length > len(body):
-        raise ValueError("damaged")
-    trailer = json.loads(body[len(body) - length :].tobytes())
-    return body[: len(body) - length].reshape(trailer["shape"]), trailer["digests"], trailer["unreadable"]
+def _read_cache(path: Path) -> tuple[np.ndarray, dict]:
+    """The memory-mapped images and their info; reads no pixels. OSError or ValueError if missing or damaged."""
+    info = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+    shape = tuple(info["shape"])
+    if path.stat().st_size != _HEADER_BYTES + np.prod(shape, dtype=int) or len(info["digests"]) != shape[0]:
+        raise ValueError("the cache is damaged")
+    images = np.lib.format.open_memmap(path, mode="r")
+    if images.shape != shape or images.dtype != np.uint8:
+        raise ValueError("the cache is damaged")
+    return images, info
 
 
 def _remove_stale(path: Path) -> None:
@@ -277,6 +305,6 @@ def _remove_stale(path: Path) -> None:
     folder_and_spec = path.stem.rpartition("-")[0]
     for other in path.parent.glob(f"{folder_and_spec}-*"):
         with contextlib.suppress(OSError):  # gone meanwhile, or mapped by another process, which Windows keeps
-            is_old_rest = other.suffix == ".tmp" and time.time() - other.stat().st_mtime > 86_400
-            if (other.suffix == ".cache" and other != path) or is_old_rest:
+            is_leftover = other.suffix == ".tmp" and time.time() - other.stat().st_mtime > 86_400
+            if (other.suffix != ".tmp" and other.stem != path.stem) or is_leftover:
                 other.unlink()

@@ -21,7 +21,9 @@ from data import FolderImages
 from device import PRECISIONS, pick_precision
 from engine.loop import evaluate, to_log_probs
 from errors import InputError, printable
-from inference import open_model, prepare
+from inference import open_model
+from models import device_of
+from preprocessing import to_input
 from splits import Batches, find_copies, split_train_val, warn_of_copies
 
 
@@ -55,10 +57,10 @@ def load_split(
 ) -> tuple[FolderImages, np.ndarray, str, np.ndarray | None]:
     """The pictures, the rows of them that are the split, what it is called, and which of them stand in train/ too."""
     root = Path(args.data_dir)
-    options = {"class_names": model.class_names, "cache_dir": args.cache_dir, "strict": args.strict}
+    options = {"class_names": model.info.class_names, "cache_dir": args.cache_dir, "strict": args.strict}
     shares_train = args.split != "test" and os.path.isdir(root / "train") and not os.path.isdir(root / "val")
     if shares_train:
-        data = FolderImages(root / "train", model.input_spec, **options)
+        data = FolderImages(root / "train", model.info.input_spec, **options)
         train_rows, val_rows = split_train_val(
             data.labels, data.digests, config.get("val_fraction", 0.1), config.get("seed", 0)
         )
@@ -68,10 +70,12 @@ def load_split(
         return data, rows, args.split, None
     copies = None
     if os.path.isdir(root / args.split):
-        data, name = FolderImages(root / args.split, model.input_spec, **options), args.split
+        data, name = FolderImages(root / args.split, model.info.input_spec, **options), args.split
         if args.split != "train" and os.path.isdir(root / "train"):
             try:
-                copies = find_copies(FolderImages(root / "train", model.input_spec, cache_dir=args.cache_dir), data)
+                copies = find_copies(
+                    FolderImages(root / "train", model.info.input_spec, cache_dir=args.cache_dir), data
+                )
                 data.notes += warn_of_copies(data, copies, "train")
             except InputError as error:  # of train/, which is not what is measured
                 data.notes.append(f"copies of training pictures were not looked for: {error}")
@@ -79,7 +83,7 @@ def load_split(
         there = " or ".join(other for other in ("test", "val", "train") if os.path.isdir(root / other))
         raise InputError(f"no folder {root / args.split}; pass --split {there}")
     else:
-        data, name = FolderImages(root, model.input_spec, **options), printable(root.resolve().name)
+        data, name = FolderImages(root, model.info.input_spec, **options), printable(root.resolve().name)
     return data, np.arange(len(data)), name, copies
 
 
@@ -97,7 +101,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.batch_size < 1:
         raise InputError(f"--batch-size must be at least 1, not {args.batch_size}")
     model, info = open_model(args.checkpoint, args.device, trust=args.trust)
-    device = next(model.parameters()).device
+    device = device_of(model)
     precision = pick_precision(args.precision, device)
     output_dir = args.output_dir and new_output_dir(args.output_dir)
     data, rows, split, copies = load_split(args, model, info["config"])
@@ -106,22 +110,22 @@ def main(argv: list[str] | None = None) -> None:
     logits, labels = evaluate(
         model,
         Batches(data, rows, device).iterate(args.batch_size),
-        lambda images: prepare(images, model),
+        lambda images: to_input(images, model.info.input_spec),
         tta=args.tta,
         precision=precision,
     )
     metrics = reports.compute_metrics(
         labels.numpy(),
-        to_log_probs(logits, model.temperature).numpy(),
-        model.class_names,
+        to_log_probs(logits, model.info.temperature).numpy(),
+        model.info.class_names,
         split=split,
-        temperature=model.temperature,
+        temperature=model.info.temperature,
         uncalibrated=to_log_probs(logits).numpy(),
         copies=copies,
     )
-    metrics |= {"arch": model.arch, "epoch": info["epoch"], "tta": args.tta}
+    metrics |= {"arch": model.info.arch, "epoch": info["epoch"], "tta": args.tta}
     views = ", mirrored views averaged" if args.tta else ""
-    print(f"{model.arch}, trained on {printable(model.trained_on)}{views}\n{reports.format_report(metrics)}")
+    print(f"{model.info.arch}, trained on {printable(model.info.trained_on)}{views}\n{reports.format_report(metrics)}")
     warning = reports.one_class_warning(metrics)
     if warning:
         print(warning)

@@ -98,7 +98,7 @@ def load_pictures(data_dir: str | None, splits: tuple[str, ...], model, cache_di
     if not found and any(os.path.isdir(Path(data_dir, name)) for name in ("train", "val", "test")):
         raise InputError(f"--data-dir {data_dir} has no {' or '.join(splits)}/")
     folder = found[0] if found else Path(data_dir)
-    return FolderImages(folder, model.input_spec, class_names=model.class_names, cache_dir=cache_dir)
+    return FolderImages(folder, model.info.input_spec, class_names=model.info.class_names, cache_dir=cache_dir)
 
 
 def draw_pictures(data: FolderImages, count: int, spec: InputSpec) -> torch.Tensor:
@@ -204,7 +204,7 @@ def load_for_int8(model, args: argparse.Namespace) -> tuple[torch.Tensor, Folder
         raise InputError(f"--int8: no folder {Path(args.data_dir, 'train')} to calibrate on")
     calibration = load_pictures(args.data_dir, ("train",), model, args.cache_dir)
     data = load_pictures(args.data_dir, ("val", "test"), model, args.cache_dir)
-    return draw_pictures(calibration, CALIBRATION, model.input_spec), data
+    return draw_pictures(calibration, CALIBRATION, model.info.input_spec), data
 
 
 def export_int8(source: Path, calibration: torch.Tensor, data: FolderImages, max_drop: float, folder: Path) -> Path:
@@ -278,7 +278,7 @@ def main(argv: list[str] | None = None) -> None:
     images, what = deployed.example(COMPARED), f"{COMPARED} pictures of noise"
     data = load_pictures(args.data_dir, ("test", "val", "train"), model, args.cache_dir)
     if data:
-        own = draw_pictures(data, COMPARED, model.input_spec)
+        own = draw_pictures(data, COMPARED, model.info.input_spec)
         images = torch.cat([own, images[len(own) :]])
         rest = " and noise" if len(own) < COMPARED else ""
         what = f"{COMPARED} pictures, {len(own)} of {printable(data.folder.name)}/{rest}"

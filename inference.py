@@ -18,9 +18,9 @@ from checkpoints import BEST_NAME, adopt_checkpoint, build_model, read_checkpoin
 from data import SAMPLE_SET
 from device import memory_format, pick_device
 from errors import InputError, printable
-from export.formats import is_exported, read_exported
-from faces.detector import CROP_SIZE, Face, crop_face, find_faces, opencv_problem
-from models import InputSpec
+from export.formats import ExportedModel, is_exported, read_exported
+from faces.detector import CROP_SIZE, SMALLEST, Face, crop_face, find_faces, opencv_problem
+from models import InputSpec, device_of
 from preprocessing import in_chunks, read_image, read_whole, to_input
 
 BUNDLED = Path(__file__).resolve().parent / "weights" / "emotion_model.pth"
@@ -58,7 +58,7 @@ def load_model(
     say what they are; pictures are prepared as for ours. Raises InputError (a ValueError).
     """
     model, _ = open_model(path, device, trust=trust, arch=arch, class_names=class_names)
-    return model, model.class_names
+    return model, model.info.class_names
 
 
 def open_model(
@@ -77,26 +77,22 @@ def open_model(
         if arch is not None:
             raise InputError(f"{path} is an exported file, which has its own arch and class names")
         model, info = read_exported(path, trust=trust)
-        if hasattr(model, "eats_uint8") and device not in ("auto", "cpu"):
-            raise InputError(f"--device {device}: {path} runs on the CPU; use the checkpoint for other devices")
-        device = "cpu" if hasattr(model, "eats_uint8") else device
+        if isinstance(model, ExportedModel):
+            if device not in ("auto", "cpu"):
+                raise InputError(f"--device {device}: {path} runs on the CPU; use the checkpoint for other devices")
+            device = "cpu"
     else:
         info = adopt_checkpoint(path, arch, class_names) if arch is not None else read_checkpoint(path)
         model = build_model(info, path)
     target = pick_device(device)
     model = model.to(target, memory_format=memory_format(target))
-    if model.trained_on == SAMPLE_SET:
+    if model.info.trained_on == SAMPLE_SET:
         print(
-            f"note: this network was trained on {model.trained_on}; for photos, train on real faces or pass "
+            f"note: this network was trained on {model.info.trained_on}; for photos, train on real faces or pass "
             "--checkpoint weights/emotion_model.pth",
             file=sys.stderr,
         )
     return model, info
-
-
-def prepare(images: torch.Tensor, model: nn.Module) -> torch.Tensor:
-    """uint8 (N, C, H, W) as `read_image` makes them -> what `model` eats: exported files scale and normalize inside."""
-    return images if hasattr(model, "eats_uint8") else to_input(images, model.input_spec)
 
 
 def predict_image(model: nn.Module, image, class_names: list[str]) -> Prediction:
@@ -115,7 +111,7 @@ def predict_images(
     if isinstance(images, str | os.PathLike | np.ndarray) or not isinstance(images, Iterable):  # a PIL image is none
         raise InputError("predict_images takes a list of pictures; for one, call predict_image")
     _check_classes(model, class_names)
-    found = classify(model, list(images), make_finder(model.input_spec), batch_size)
+    found = classify(model, list(images), make_finder(model.info.input_spec), batch_size)
     return [to_prediction(probs, class_names) for _, probs in found]
 
 
@@ -134,7 +130,7 @@ def predict_faces(
     faces.find_faces. Raises ValueError where the picture can't be read or OpenCV is missing.
     """
     _check_classes(model, class_names)
-    found = classify(model, [image], make_finder(model.input_spec, "on", min_size=min_size, yunet=yunet))
+    found = classify(model, [image], make_finder(model.info.input_spec, "on", min_size=min_size, yunet=yunet))
     results = []
     for view, probs in found:
         if view.face:
@@ -151,17 +147,31 @@ def predict_faces(
     return results
 
 
+def crop_largest_face(path: str | Path, min_size: int | None = None) -> np.ndarray:
+    """What predictions see of a photo: its largest face, uint8 (S, S, 3), or all of an image of at most 100 pixels.
+
+    `min_size` as for find_faces. Raises InputError if there is no face, or if the file can't be read.
+    """
+    pixels = read_whole(path)
+    if max(pixels.shape[:2]) <= CROP_SIZE:
+        return pixels
+    found = find_faces(pixels, min_size=min_size)
+    if not found:
+        raise InputError(f"no upright face of {min_size or SMALLEST} pixels or more is found in {path}")
+    return crop_face(pixels, found[0])
+
+
 def _check_classes(model: nn.Module, class_names: list[str]) -> None:
-    if len(class_names) != model.num_classes:
-        raise InputError(f"the network has {model.num_classes} classes, but class_names has {len(class_names)}")
+    if len(class_names) != model.info.num_classes:
+        raise InputError(f"the network has {model.info.num_classes} classes, but class_names has {len(class_names)}")
 
 
 @torch.inference_mode()
 def predict_probs(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
     """uint8 (N, C, H, W) as `read_image` makes them -> probabilities float32 (N, num_classes) on the CPU."""
-    device = next(model.parameters()).device
-    inputs = prepare(images.to(device), model).contiguous(memory_format=memory_format(device))
-    return torch.softmax(model(inputs).float() / getattr(model, "temperature", 1.0), dim=1).cpu()
+    device = device_of(model)
+    inputs = to_input(images.to(device), model.info.input_spec).contiguous(memory_format=memory_format(device))
+    return torch.softmax(model(inputs).float() / model.info.temperature, dim=1).cpu()
 
 
 def to_prediction(probs: torch.Tensor, class_names: list[str]) -> Prediction:
@@ -272,7 +282,7 @@ def classify_on_cores(
     networks cores that share one batch wait for each other, and for whichever of them decodes.
     """
     threads = torch.get_num_threads()
-    if len(sources) == 1 or next(model.parameters()).device.type != "cpu":
+    if len(sources) == 1 or device_of(model).type != "cpu":
         yield from classify(model, sources, find, batch_size, on_error)
         return
 

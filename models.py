@@ -9,6 +9,7 @@ Recognition using CNN (PyTorch)", S3 "Emotion Recognition Model", S4 "Facial Exp
 """
 
 import math
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
 
@@ -69,6 +70,28 @@ class InputSpec:
 
 
 @dataclass(frozen=True)
+class ModelInfo:
+    """What a model is, and what its inputs and outputs mean. Saved with the weights."""
+
+    arch: str
+    class_names: list[str]  # in the order of the logits
+    input_spec: InputSpec
+    temperature: float = 1.0  # logits are divided by it before the softmax
+    trained_on: str = ""  # name of the data set
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.class_names)
+
+    @classmethod
+    def from_dict(cls, checkpoint: dict) -> "ModelInfo":
+        """Raises InputError if the checkpoint's input_spec is not valid."""
+        spec = InputSpec.from_dict(checkpoint["input_spec"])
+        names = list(checkpoint["class_names"])
+        return cls(checkpoint["arch"], names, spec, checkpoint["temperature"], checkpoint["trained_on"])
+
+
+@dataclass(frozen=True)
 class Recipe:
     """Default hyperparameters of an arch; any flag of train_emotion_cnn.py overrides. `lr` is for `batch_size`."""
 
@@ -92,7 +115,8 @@ class Arch:
     input_spec: InputSpec
     recipe: Recipe
     is_backbone: bool  # a torchvision network under the custom head, with ImageNet weights to start from
-    takes_any_size: bool  # whether it may be trained on windows smaller than the pictures
+    takes_any_size: bool  # whether it may be trained on windows smaller than the images
+    head: str  # name of the child that holds the linear layers; the last one makes the logits
 
 
 ARCHS: dict[str, Arch] = {}
@@ -105,13 +129,14 @@ def register(
     *,
     is_backbone: bool = False,
     takes_any_size: bool = False,
+    head: str = "classifier",
 ):
     """Decorator: `build(num_classes, image_size, dropout) -> nn.Module` becomes the arch `name`."""
 
     def add(build):
         if name in ARCHS:
             raise ValueError(f"arch {name!r} is registered twice")
-        ARCHS[name] = Arch(name, build, input_spec or InputSpec(), recipe, is_backbone, takes_any_size)
+        ARCHS[name] = Arch(name, build, input_spec or InputSpec(), recipe, is_backbone, takes_any_size, head)
         return build
 
     return add
@@ -139,19 +164,35 @@ def input_spec_for(arch: str, image_size: int | None = None) -> InputSpec:
 def create_model(
     arch: str, num_classes: int, *, image_size: int | None = None, dropout: float | None = None
 ) -> nn.Module:
-    """A network with random weights that maps (N, channels, H, W) float to logits (N, num_classes).
+    """A model with random weights that maps float32 (N, channels, H, W) to logits (N, num_classes).
 
-    `dropout` replaces every dropout probability of the classifier head. The network carries `arch`, `num_classes`
-    and `input_spec`. Raises InputError for an unknown arch or a size too small.
+    `dropout` replaces every dropout probability of the classifier. `model.info` is its ModelInfo, with the classes
+    called "0", "1", ... Raises InputError for an unknown arch or a size too small.
     """
     entry, spec = get_arch(arch), input_spec_for(arch, image_size)
     if num_classes < 2:
-        raise InputError(f"a network needs at least 2 classes, not {num_classes}")
+        raise InputError(f"a model needs at least 2 classes, not {num_classes}")
     if dropout is not None and not 0 <= dropout < 1:
         raise InputError(f"--dropout must be at least 0 and below 1, not {dropout}")
     model = entry.build(num_classes=num_classes, image_size=spec.image_size, dropout=dropout)
-    model.arch, model.num_classes, model.input_spec, model.frozen = arch, num_classes, spec, []
+    model.info = ModelInfo(arch, [str(label) for label in range(num_classes)], spec)
     return model
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where the model's parameters are; the CPU for an exported file, which has none."""
+    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+
+
+def last_layer_name(model: nn.Module) -> str:
+    """The name of the layer that makes the logits, such as "classifier.5"."""
+    head = get_arch(model.info.arch).head
+    return f"{head}.{len(model.get_submodule(head)) - 1}"
+
+
+def last_layer(model: nn.Module) -> nn.Linear:
+    """The layer that makes the logits."""
+    return model.get_submodule(last_layer_name(model))
 
 
 def count_parameters(model: nn.Module) -> int:
@@ -185,6 +226,11 @@ def _conv(in_channels: int, out_channels: int, *, batch_norm: bool = True, pool:
     return [nn.Conv2d(in_channels, out_channels, 3, padding=1), *norm, *pooling, nn.ReLU()]
 
 
+def _network(features: list[nn.Module], classifier: list[nn.Module]) -> nn.Sequential:
+    """A model of two named children, as torchvision's are."""
+    return nn.Sequential(OrderedDict(features=nn.Sequential(*features), classifier=nn.Sequential(*classifier)))
+
+
 def _p(dropout: float | None, default: float) -> float:
     return default if dropout is None else dropout
 
@@ -199,13 +245,12 @@ def cnn6_bn(num_classes: int, image_size: int, dropout: float | None) -> nn.Modu
     for out_channels in (64, 128, 256):
         layers += [*_conv(in_channels, out_channels), *_conv(out_channels, out_channels, pool=2), Dropout(0.25)]
         in_channels = out_channels
-    layers.append(nn.Flatten())  # (N, 256 * 6 * 6) at 48 pixels
-    in_features = 256 * (image_size // 8) ** 2
+    head, in_features = [nn.Flatten()], 256 * (image_size // 8) ** 2  # 9216 at 48 pixels
     for out_features in (512, 256):
-        layers += [nn.Linear(in_features, out_features), nn.BatchNorm1d(out_features), nn.ReLU()]
-        layers.append(Dropout(_p(dropout, 0.5)))
+        head += [nn.Linear(in_features, out_features), nn.BatchNorm1d(out_features), nn.ReLU()]
+        head.append(Dropout(_p(dropout, 0.5)))
         in_features = out_features
-    return nn.Sequential(*layers, nn.Linear(in_features, num_classes))
+    return _network(layers, [*head, nn.Linear(in_features, num_classes)])
 
 
 @register(
@@ -220,7 +265,7 @@ def cnn6_rgb(num_classes: int, image_size: int, dropout: float | None) -> nn.Mod
     for a, b, c, pool in ((3, 32, 64, 3), (64, 64, 128, 2), (128, 128, 256, 3)):
         layers += [*_conv(a, b, batch_norm=False), *_conv(b, c, batch_norm=False, pool=pool), nn.BatchNorm2d(c)]
         side //= pool
-    return nn.Sequential(*layers, nn.Flatten(), Dropout(_p(dropout, 0.0)), nn.Linear(256 * side**2, num_classes))
+    return _network(layers, [nn.Flatten(), Dropout(_p(dropout, 0.0)), nn.Linear(256 * side**2, num_classes)])
 
 
 @register("cnn4_bn", Recipe(epochs=20, batch_size=32))
@@ -230,27 +275,23 @@ def cnn4_bn(num_classes: int, image_size: int, dropout: float | None) -> nn.Modu
     for out_channels in (32, 64, 128, 256):
         layers += _conv(in_channels, out_channels, pool=2)
         in_channels = out_channels
-    layers += [nn.Flatten(), nn.Linear(256 * (image_size // 16) ** 2, 512), nn.ReLU(), Dropout(_p(dropout, 0.5))]
-    return nn.Sequential(*layers, nn.Linear(512, num_classes))
+    head = [nn.Flatten(), nn.Linear(256 * (image_size // 16) ** 2, 512), nn.ReLU(), Dropout(_p(dropout, 0.5))]
+    return _network(layers, [*head, nn.Linear(512, num_classes)])
 
 
 @register("cnn4", Recipe(epochs=65, batch_size=500, weight_decay=1e-4, augment="flip,rotation=10,crop=0.8"))
 def cnn4(num_classes: int, image_size: int, dropout: float | None) -> nn.Module:
     """S3's network: four convolutions, two linear layers (5.0 M parameters); without S3's softmax before the loss."""
-    plain = {"batch_norm": False}
-    return nn.Sequential(
-        *_conv(1, 32, **plain),
-        *_conv(32, 64, **plain, pool=2),
+    features = [
+        *_conv(1, 32, batch_norm=False),
+        *_conv(32, 64, batch_norm=False, pool=2),
         Dropout(0.25),
-        *_conv(64, 128, **plain, pool=2),
-        *_conv(128, 128, **plain, pool=2),
+        *_conv(64, 128, batch_norm=False, pool=2),
+        *_conv(128, 128, batch_norm=False, pool=2),
         Dropout(0.25),
-        nn.Flatten(),
-        nn.Linear(128 * (image_size // 8) ** 2, 1024),
-        nn.ReLU(),
-        Dropout(_p(dropout, 0.5)),
-        nn.Linear(1024, num_classes),
-    )
+    ]
+    head = [nn.Flatten(), nn.Linear(128 * (image_size // 8) ** 2, 1024), nn.ReLU(), Dropout(_p(dropout, 0.5))]
+    return _network(features, [*head, nn.Linear(1024, num_classes)])
 
 
 # Our own network
@@ -316,7 +357,7 @@ def seresnet13(num_classes: int, image_size: int, dropout: float | None) -> nn.M
     blocks = ((64, 64, 1), (64, 128, 2), (128, 128, 1), (128, 256, 2), (256, 256, 1))
     layers += [_SEBlock(*block) for block in blocks]
     head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), Dropout(_p(dropout, 0.2)), nn.Linear(256, num_classes)]
-    return nn.Sequential(*layers, *head)
+    return _network(layers, head)
 
 
 # The torchvision backbones under S4's head
@@ -367,13 +408,8 @@ def _register_backbone(name: str):
     augment = "flip,rotation=10,brightness=0.2,contrast=0.2"
     recipe = Recipe(epochs=30, batch_size=32, schedule="plateau", augment=augment)
     spec = InputSpec(224, 3, IMAGENET_MEAN, IMAGENET_STD)
-    register(name, recipe, spec, is_backbone=True, takes_any_size=True)(build)
+    register(name, recipe, spec, is_backbone=True, takes_any_size=True, head=_HEADS[name][0])(build)
 
 
 for _name in _HEADS:
     _register_backbone(_name)
-
-
-def head_prefix(arch: str) -> str | None:
-    """What the state_dict keys of a backbone's head begin with; None for a scratch network."""
-    return _HEADS[arch][0] + "." if arch in _HEADS else None

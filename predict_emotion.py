@@ -161,14 +161,14 @@ def print_prediction(view: View, prediction: Prediction | None, *, is_single: bo
 
 def print_info(info: dict, model: nn.Module) -> None:
     """What a checkpoint is: arch, classes, input, what it was trained on, metrics, settings."""
-    spec, metrics, config = model.input_spec, info["metrics"], info["config"]
+    spec, metrics, config = model.info.input_spec, info["metrics"], info["config"]
     colour = "gray" if spec.stored_channels == 1 else "RGB"
-    parameters = "exported" if hasattr(model, "eats_uint8") else f"{count_parameters(model):,} parameters"
-    print(f"arch: {model.arch}, {parameters}")
-    print(f"classes: {', '.join(model.class_names)}")
+    parameters = f"{count_parameters(model):,} parameters" if count_parameters(model) else "exported"
+    print(f"arch: {model.info.arch}, {parameters}")
+    print(f"classes: {', '.join(model.info.class_names)}")
     print(f"input: {spec.image_size} x {spec.image_size} {colour}, mean {spec.mean}, std {spec.std}")
     epochs = f"epoch {info['epoch']} of {printable(config.get('epochs', '?'))}"
-    print(f"trained on: {printable(model.trained_on)}, {epochs}, temperature {model.temperature:g}")
+    print(f"trained on: {printable(model.info.trained_on)}, {epochs}, temperature {model.info.temperature:g}")
     shown = (f"{value:.4f}" if isinstance(value, float) else f"{value:,}" for value in metrics.values())
     print("metrics: " + ", ".join(map(" ".join, zip(metrics, shown, strict=True))))
     print("settings: " + ", ".join(f"{key} {printable(value)}" for key, value in config.items() if value is not None))
@@ -256,13 +256,13 @@ class Summary:
 def predict_all(model: nn.Module, paths: list[str], args: argparse.Namespace, on_error) -> Iterator[tuple]:
     """Yields (view, probs) of the pictures and then of the videos, annotated where --annotate asks for it."""
     pictures, videos = ([path for path in paths if is_video(path) == wanted] for wanted in (False, True))
-    find = make_finder(model.input_spec, args.faces, min_size=args.min_face, yunet=args.yunet)
+    find = make_finder(model.info.input_spec, args.faces, min_size=args.min_face, yunet=args.yunet)
     targets = Targets(args.annotate, paths) if args.annotate else None
     annotate = Annotator(targets) if targets else None
     for view, probs in classify_on_cores(model, pictures, find, args.batch_size, on_error):
         yield view, probs
         if annotate:
-            annotate(view.source, view.face, None if probs is None else to_prediction(probs, model.class_names))
+            annotate(view.source, view.face, None if probs is None else to_prediction(probs, model.info.class_names))
     if annotate:
         annotate.close()
     for path in videos:
@@ -330,16 +330,16 @@ def draw_samples(model: nn.Module, class_names: list[str], args: argparse.Namesp
     shuffled = [[pictures[index] for index in rng.permutation(len(pictures))] for pictures in by_class]
     turns = [pictures[turn] for turn in range(SAMPLES) for pictures in shuffled if turn < len(pictures)]
     samples, names = [], dict(turns[:SAMPLES])
-    find = make_finder(model.input_spec)
+    find = make_finder(model.info.input_spec)
     for view, probs in classify(model, list(names), find, args.batch_size, lambda _, message: print(message)):
         emotion, confidence, _ = to_prediction(probs, class_names)
-        image = read_image(view.source, model.input_spec)
+        image = read_image(view.source, model.info.input_spec)
         picture = image[0] if len(image) == 1 else image.transpose(1, 2, 0)
         samples.append((picture, names[view.source], emotion, confidence))
     if not samples:
         raise InputError(f"no picture in {folder} can be read")
     right = sum(true == emotion for _, true, emotion, _ in samples)
-    title = f"{right} of {len(samples)} pictures of {printable(folder)} right ({model.arch})"
+    title = f"{right} of {len(samples)} pictures of {printable(folder)} right ({model.info.arch})"
     target = make_output_dir(args.output_dir) / "prediction_samples.png"
     replace_file(target, lambda path: reports.plot_samples(samples, path, title=title))
     print(f"{title}; drawn to {printable(target)}")
@@ -360,8 +360,8 @@ def main(argv: list[str] | None = None) -> int | None:
     if args.info:
         return print_info(info, model)
     if args.inputs:
-        return predict_files(model, model.class_names, args)
-    return draw_samples(model, model.class_names, args)
+        return predict_files(model, model.info.class_names, args)
+    return draw_samples(model, model.info.class_names, args)
 
 
 if __name__ == "__main__":

@@ -132,6 +132,12 @@ def to_input(images: torch.Tensor, spec: InputSpec) -> torch.Tensor:
     return normalize(images.float() / 255, spec)
 
 
+def to_uint8(inputs: torch.Tensor, spec: InputSpec) -> torch.Tensor:
+    """The inverse of to_input: float32 (N, spec.channels, H, W) -> uint8 (N, spec.stored_channels, H, W)."""
+    channels = zip(inputs.unbind(1)[: spec.stored_channels], spec.mean, spec.std, strict=False)
+    return torch.stack([(255 * (part * std + mean)).round() for part, mean, std in channels], 1).to(torch.uint8)
+
+
 # Many at a time
 
 

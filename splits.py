@@ -1,20 +1,18 @@
-"""Train, validation and test: how pictures are divided, and the batches that they are served in."""
+"""Train, validation and test: how images are divided, duplicates between them, and batches."""
 
 import hashlib
 import json
 import math
-import os
-from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from data import SAMPLE_PREFIX, SAMPLE_SET, FolderImages, hash_pixels, is_sample_set
-from engine.distributed import ALONE, Group
+from data import SAMPLE_PREFIX, SAMPLE_SET, FolderImages, find_splits, hash_pixels, is_sample_set
 from errors import InputError, printable
-from models import InputSpec
+from models import InputSpec, ModelInfo
 
 
 def split_train_val(
@@ -44,56 +42,63 @@ def split_train_val(
     return np.flatnonzero(~is_val), np.flatnonzero(is_val)
 
 
-def hash_split(*parts: tuple[list[str], np.ndarray]) -> str:
-    """A hash over (digests, labels) of the parts of a split, to tell on resume that nothing has changed."""
-    return hashlib.sha256(json.dumps([[d, np.asarray(y).tolist()] for d, y in parts]).encode()).hexdigest()[:16]
+def hash_split(*parts: tuple[FolderImages, np.ndarray]) -> str:
+    """A hash over the pixels and labels of (images, rows) of each split, by which --resume knows them again."""
+    content = [[[data.digests[row] for row in rows], data.labels[rows].tolist()] for data, rows in parts]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
 
-def batch_bounds(count: int, batch_size: int, least: int = 2) -> list[tuple[int, int]]:
-    """(start, stop) of the batches of `count` pictures; a last one of fewer than `least` joins the one before."""
+def shard(start: int, stop: int, rank: int, world_size: int) -> tuple[int, int]:
+    """This rank's part of the positions from `start` to `stop`; parts differ in size by one at most."""
+    count = stop - start
+    return start + rank * count // world_size, start + (rank + 1) * count // world_size
+
+
+def batch_bounds(count: int, batch_size: int, world_size: int = 1) -> list[tuple[int, int]]:
+    """(start, stop) of the batches of `count` images.
+
+    A last batch with fewer than two images per process joins the one before it: batch-norm needs two.
+    """
     starts = list(range(0, count, batch_size))
-    if len(starts) > 1 and count - starts[-1] < least:
+    if len(starts) > 1 and count - starts[-1] < 2 * world_size:
         starts.pop()
     return list(zip(starts, [*starts[1:], count], strict=True))
 
 
 class Batches:
-    """Pictures `indices` of `data` as batches on `device`: `for images, labels in batches.iterate(64)`.
+    """The images `rows` of `data` as batches on `device`: `for images, labels in batches.iterate(64)`.
 
-    images uint8 (n, C, H, W), labels int64 (n,). On an accelerator the pictures are moved there once, where they
-    take under a quarter of the memory that is free there; else they are read from the memory map, batch by batch.
+    images uint8 (n, C, H, W), labels int64 (n,). On CUDA the images are moved to the device once if they take less
+    than a quarter of its free memory; otherwise they are read from the memory map, batch by batch.
     """
 
-    def __init__(self, data: FolderImages, indices: np.ndarray, device: torch.device):
-        self.device, self.labels = device, torch.from_numpy(data.labels[indices]).to(device)
-        self._images, self._rows, self._resident = np.asarray(data.images), np.asarray(indices), None
+    def __init__(self, data: FolderImages, rows: np.ndarray, device: torch.device):
+        self.device, self.labels = device, torch.from_numpy(data.labels[rows]).to(device)
+        self._images, self._rows, self._resident = np.asarray(data.images), np.asarray(rows), None
         if device.type == "cuda":
-            shape = (len(indices), *self._images.shape[1:])
+            shape = (len(rows), *self._images.shape[1:])
             if math.prod(shape) < torch.cuda.mem_get_info(device)[0] / 4:
                 self._resident = torch.empty(shape, dtype=torch.uint8, device=device)
-                for start, stop in batch_bounds(len(indices), 4096):  # so that memory never holds the whole set
+                for start, stop in batch_bounds(len(rows), 4096):  # so that memory never holds the whole set
                     self._resident[start:stop] = torch.from_numpy(self._images[self._rows[start:stop]])
 
     def __len__(self) -> int:
         return len(self._rows)
 
-    def bounds(self, batch_size: int, group: Group = ALONE) -> list[tuple[int, int]]:
-        """(start, stop) of the batches of one epoch, of all processes together; each gets two pictures or more."""
-        return batch_bounds(len(self), batch_size, 2 * group.size)
-
     def class_counts(self, num_classes: int) -> list[int]:
-        counts = Counter(self.labels.tolist())
-        return [counts[label] for label in range(num_classes)]
+        return torch.bincount(self.labels, minlength=num_classes).tolist()
 
-    def iterate(self, batch_size: int, order: torch.Tensor | None = None, group: Group = ALONE):
-        """Yields batches in the order given (int64, positions in this object), or one after the other.
+    def iterate(
+        self, batch_size: int, order: torch.Tensor | None = None, *, rank: int = 0, world_size: int = 1
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Yields (images, labels) of this rank's shard of each batch.
 
-        Of each batch it is this process's share, where there are more in the group.
+        `order` (int64) are positions in this object; by default each once, in sequence.
         """
         order = torch.arange(len(self)) if order is None else order
         rows, order = order.numpy(), order.to(self.device)
-        for start, stop in batch_bounds(len(order), batch_size, 2 * group.size):
-            start, stop = group.share(start, stop)
+        for bounds in batch_bounds(len(order), batch_size, world_size):
+            start, stop = shard(*bounds, rank, world_size)
             if self._resident is None:
                 images = torch.from_numpy(self._images[self._rows[rows[start:stop]]]).to(self.device)
             else:
@@ -101,7 +106,7 @@ class Batches:
             yield images, self.labels[order[start:stop]]
 
 
-def draw_order(labels: torch.Tensor, *, balanced: bool, generator: torch.Generator) -> torch.Tensor:
+def draw_order(labels: torch.Tensor, *, balanced: bool, generator: torch.Generator | None) -> torch.Tensor:
     """Positions for one epoch: a permutation, or with `balanced` draws that give every class the same chance."""
     labels = labels.cpu()
     if not balanced:
@@ -112,9 +117,10 @@ def draw_order(labels: torch.Tensor, *, balanced: bool, generator: torch.Generat
 
 @dataclass
 class Splits:
-    """What a training run works on. `where_val` says where validation came from, `notes` what the user should see.
+    """What a training run works on.
 
-    `copies` tells of "val" and "test", where these are folders, which pictures stand in train too: bool (N,).
+    `in_train` marks the images of test (of val, without a test/) that are also in train, bool (N,), or is None.
+    `val_source` names where validation came from, `notes` are lines for the user.
     """
 
     train: Batches
@@ -124,9 +130,9 @@ class Splits:
     spec: InputSpec
     trained_on: str
     split_hash: str
-    where_val: str
+    val_source: str
+    in_train: np.ndarray | None
     notes: list[str]
-    copies: dict[str, np.ndarray | None]
 
 
 def load_splits(
@@ -139,65 +145,113 @@ def load_splits(
     cache_dir: str | Path | None = None,
     strict: bool = False,
 ) -> Splits:
-    """Reads train/, then val/ or a share of train/, and test/ where there is one; the classes are train's.
+    """Reads train/, then val/ or a share of train/, and test/ if there is one; the classes are train's.
 
-    The spec of a network of three channels becomes gray where every training picture is. Raises InputError for
-    folders that are missing, empty or of other classes, and for too few pictures.
+    The spec of a model with three channels becomes gray if every training image is. Raises InputError for folders
+    that are missing, empty or of other classes, and for too few images.
     """
-    root = Path(data_dir)
-    if not os.path.isdir(root / "train"):
-        raise InputError(f"no folder {root / 'train'}: --data-dir must hold train/ with a folder per class")
+    folders = find_splits(data_dir)
+    if "train" not in folders:
+        raise InputError(f"no folder {Path(data_dir) / 'train'}: --data-dir must hold train/ with a folder per class")
     options = {"cache_dir": cache_dir, "strict": strict}
-    train = FolderImages(root / "train", spec, **options)
+    train = FolderImages(folders["train"], spec, **options)
     if len(train.class_names) < 2:
-        raise InputError(f"{root / 'train'} holds only the class {train.class_names[0]}; two are the least")
+        raise InputError(f"{train.folder} holds only the class {train.class_names[0]}; two are the least")
     if spec.channels == 3 and train.images.shape[1] == 1:
         spec = replace(spec, gray=True)
     options["class_names"] = train.class_names
-    val, test = (
-        FolderImages(root / name, spec, **options) if os.path.isdir(root / name) else None for name in ("val", "test")
-    )
+    val, test = (FolderImages(folders[name], spec, **options) if name in folders else None for name in ("val", "test"))
     if val:
         train_rows, val_rows = np.arange(len(train)), np.arange(len(val))
     else:
         train_rows, val_rows = split_train_val(train.labels, train.digests, val_fraction, seed)
     if len(val_rows) == 0 or len(train_rows) < 2:
-        raise InputError(f"{len(train)} pictures in {root / 'train'} are too few to train and validate on")
-    is_sample = is_sample_set(train.paths)
-    parts = ((train, train_rows), (val or train, val_rows))
-    copies = {"val": find_copies(train, val), "test": find_copies(train, test)}
+        raise InputError(f"{len(train)} pictures in {train.folder} are too few to train and validate on")
+    val_in_train, test_in_train = find_duplicates(train, val), find_duplicates(train, test)
+    is_sample, parts = is_sample_set(train.paths), [part for part in (train, val, test) if part]
+    notes = [note for part in parts for note in part.notes] + warn_of_numbers(train)
+    if not is_sample:
+        notes += [note for part in parts for note in warn_of_drawings(part)]
+    notes += warn_of_duplicates(val, val_in_train, "train") + warn_of_duplicates(test, test_in_train, "train")
+    if val:
+        notes += warn_of_duplicates(test, find_duplicates(val, test), "val")
     return Splits(
         train=Batches(train, train_rows, device),
         val=Batches(val or train, val_rows, device),
         test=Batches(test, np.arange(len(test)), device) if test else None,
         class_names=train.class_names,
         spec=spec,
-        trained_on=SAMPLE_SET if is_sample else printable(root.resolve().name),
-        split_hash=hash_split(*(([data.digests[row] for row in rows], data.labels[rows]) for data, rows in parts)),
-        where_val="val/" if val else f"{100 * val_fraction:g}% of train/",
-        notes=[note for part in (train, val, test) if part for note in part.notes]
-        + ([] if is_sample else [note for part in (train, val, test) if part for note in warn_of_drawings(part)])
-        + warn_of_copies(val, copies["val"], "train")
-        + warn_of_copies(test, copies["test"], "train")
-        + (warn_of_copies(test, find_copies(val, test), "val") if val else []),
-        copies=copies,
+        trained_on=SAMPLE_SET if is_sample else printable(Path(data_dir).resolve().name),
+        split_hash=hash_split((train, train_rows), (val or train, val_rows)),
+        val_source=f"{val.folder.name}/" if val else f"{100 * val_fraction:g}% of train/",
+        in_train=test_in_train if test else val_in_train,
+        notes=notes,
     )
 
 
-def find_copies(train: FolderImages, other: FolderImages | None) -> np.ndarray | None:
-    """bool (N,), True where a picture of `other` stands in `train` too, pixel for pixel."""
+def load_split(
+    data_dir: str | Path,
+    split: str,
+    info: ModelInfo,
+    *,
+    val_fraction: float,
+    seed: int,
+    cache_dir: str | Path | None = None,
+    strict: bool = False,
+) -> tuple[FolderImages, np.ndarray, str, np.ndarray | None]:
+    """(images, rows of them that are the split, its name, which rows are also in train) to measure a model on.
+
+    Without a val/, "val" and "train" are the shares of train/ by `val_fraction` and `seed`. A folder that holds class
+    folders instead of splits is used as it is, under its own name. Raises InputError for a split that is missing.
+    """
+    folders, options = find_splits(data_dir), {"class_names": info.class_names, "cache_dir": cache_dir}
+    if not folders:
+        data = FolderImages(data_dir, info.input_spec, strict=strict, **options)
+        return data, np.arange(len(data)), printable(Path(data_dir).resolve().name), None
+    if split != "test" and "train" in folders and "val" not in folders:
+        data = FolderImages(folders["train"], info.input_spec, strict=strict, **options)
+        train_rows, val_rows = split_train_val(data.labels, data.digests, val_fraction, seed)
+        if len(val_rows) == 0:
+            raise InputError(f"{len(data)} pictures in {data.folder} are too few for a validation share")
+        return data, val_rows if split == "val" else train_rows, split, None
+    if split not in folders:
+        raise InputError(f"no folder {Path(data_dir) / split}; pass --split {' or '.join(reversed(folders))}")
+    data, in_train = FolderImages(folders[split], info.input_spec, strict=strict, **options), None
+    if split != "train" and "train" in folders:
+        try:
+            in_train = find_duplicates(FolderImages(folders["train"], info.input_spec, cache_dir=cache_dir), data)
+            data.notes += warn_of_duplicates(data, in_train, "train")
+        except InputError as error:  # about train/, which is not what is measured
+            data.notes.append(f"duplicates of training pictures were not looked for: {error}")
+    return data, np.arange(len(data)), split, in_train
+
+
+def find_duplicates(train: FolderImages, other: FolderImages | None) -> np.ndarray | None:
+    """bool (N,), True for an image of `other` that is also in `train`, pixel for pixel; None without `other`."""
     if other is None:
         return None
     channels = max(train.images.shape[1], other.images.shape[1])
-    known = set(_digests_of(train, channels))
-    return np.array([digest in known for digest in _digests_of(other, channels)])
+    known = set(_digests_with(channels, train))
+    return np.array([digest in known for digest in _digests_with(channels, other)])
 
 
-def _digests_of(data: FolderImages, channels: int) -> list[str]:
-    """The digests as they would be with so many channels: a gray set has one, and three in the company of colours."""
+def _digests_with(channels: int, data: FolderImages) -> list[str]:
+    """The digests as they would be with `channels`: a gray set is stored with one, and is compared with color."""
     if data.images.shape[1] == channels:
         return data.digests
-    return [hash_pixels(np.repeat(picture, channels, 0)) for picture in data.images]
+    return [hash_pixels(np.repeat(image, channels, 0)) for image in data.images]
+
+
+def warn_of_numbers(part: FolderImages) -> list[str]:
+    """A line if class folders have numbers for names."""
+    numbers = [name for name in part.class_names if name.isdecimal()]
+    if not numbers:
+        return []
+    first = printable(part.folder / numbers[0])
+    return [
+        f"warning: class folders are called {', '.join(numbers[:8])}: numbers are no names, and predictions will show "
+        f"them; rename each to its emotion, for example {first} to {printable(part.folder / 'angry')}"
+    ]
 
 
 def warn_of_drawings(part: FolderImages) -> list[str]:
@@ -210,8 +264,8 @@ def warn_of_drawings(part: FolderImages) -> list[str]:
     ]
 
 
-def warn_of_copies(part: FolderImages | None, copies: np.ndarray | None, other: str) -> list[str]:
-    if part is None or not copies.any():
+def warn_of_duplicates(part: FolderImages | None, duplicates: np.ndarray | None, other: str) -> list[str]:
+    if part is None or not duplicates.any():
         return []
-    where = printable(part.folder.name)
-    return [f"warning: {copies.sum():,} of {len(part):,} pictures in {where}/ stand in {other}/ too"]
+    name = printable(part.folder.name)
+    return [f"warning: {duplicates.sum():,} of {len(part):,} pictures in {name}/ are also in {other}/"]

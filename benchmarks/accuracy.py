@@ -38,15 +38,15 @@ multiply-adds | file | minutes |
 def measure(path: Path, data_dir: Path) -> dict:
     """Metrics of a checkpoint on val/, with "tta" and "no_twin" (accuracies) and "model" beside them."""
     model, class_names = load_model(path, "cpu")
-    val = FolderImages(data_dir / "val", model.input_spec, class_names=class_names)
-    train = FolderImages(data_dir / "train", model.input_spec, class_names=class_names)
+    val = FolderImages(data_dir / "val", model.info.input_spec, class_names=class_names)
+    train = FolderImages(data_dir / "train", model.info.input_spec, class_names=class_names)
     batches = Batches(val, np.arange(len(val)), torch.device("cpu")).iterate(256)
-    logits, labels = evaluate(model, batches, lambda images: to_input(images, model.input_spec), tta=True)
-    log_probs = to_log_probs(logits[:1], model.temperature).numpy()
+    logits, labels = evaluate(model, batches, lambda images: to_input(images, model.info.input_spec), tta=True)
+    log_probs = to_log_probs(logits[:1], model.info.temperature).numpy()
     metrics = reports.compute_metrics(labels.numpy(), log_probs, class_names, split="val")
     right = log_probs.argmax(1) == labels.numpy()
     alone = ~find_copies(train, val)
-    tta = (to_log_probs(logits, model.temperature).argmax(1) == labels).float().mean().item()
+    tta = (to_log_probs(logits, model.info.temperature).argmax(1) == labels).float().mean().item()
     return metrics | {"model": model, "tta": tta, "no_twin": right[alone].mean(), "alone": int(alone.sum())}
 
 
@@ -69,11 +69,11 @@ def format_row(arch: str, runs: list[tuple[dict, list[dict]]], path: Path, train
     seeds = f", {len(runs)} seeds" if len(runs) > 1 else ""
     cells = [
         f"`{arch}`",
-        f"{training}, {len(history)} epochs, {model.input_spec.image_size} pixels{seeds}",
+        f"{training}, {len(history)} epochs, {model.info.input_spec.image_size} pixels{seeds}",
         f"{cell('accuracy')} ({low:.1f} to {high:.1f})",
         *map(cell, ("tta", "macro_f1", "no_twin")),
         f"{count_parameters(model) / 1e6:.2f} M",
-        f"{count_multiply_adds(model, model.input_spec.image_size) / 1e6:.0f} M",
+        f"{count_multiply_adds(model, model.info.input_spec.image_size) / 1e6:.0f} M",
         f"{path.stat().st_size / 1e6:.1f} MB",
         f"{minutes:.0f}",
     ]

@@ -57,7 +57,7 @@ def wall_seconds(*command: str) -> float:
 def time_python_calls(checkpoint: str, jpeg: str) -> tuple[float, float]:
     """Milliseconds of predict_image and of the forward pass in it, as a user's own Python has them."""
     model, class_names = load_model(checkpoint, "cpu")
-    pixels = torch.tensor(read_image(jpeg, model.input_spec))[None]
+    pixels = torch.tensor(read_image(jpeg, model.info.input_spec))[None]
     calls = (lambda: predict_image(model, jpeg, class_names), lambda: predict_probs(model, pixels))
     return tuple(median_ms(call, 500) for call in calls)
 
@@ -80,7 +80,7 @@ def measure(arch: str, folder: Path, paths: list[str], rounds: int) -> str:
     model, _ = load_model(checkpoint, "cpu")
     jpeg = folder.parent / "face.jpg"
     Image.open(paths[0]).convert("L").resize((48, 48)).save(jpeg, quality=90)
-    pixels = torch.stack([torch.tensor(read_image(path, model.input_spec)) for path in paths[:64]])
+    pixels = torch.stack([torch.tensor(read_image(path, model.info.input_spec)) for path in paths[:64]])
     together = predict_probs(model, pixels)
     alone = torch.cat([predict_probs(model, picture[None]) for picture in pixels])
     with multiprocessing.get_context("spawn").Pool(1) as pool:

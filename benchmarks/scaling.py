@@ -44,7 +44,7 @@ def measure(arch: str, batch_size: int, steps: int, threads: int) -> dict[str, f
     group, device = join(pick_device("cpu"))
     torch.set_num_threads(threads)
     model = create_model(arch, 7).to(memory_format=memory_format(device)).train()
-    spec = model.input_spec
+    spec = model.info.input_spec
     optimizer = make_optimizer("sgd", model, lr=1e-3, weight_decay=0.0)
     precision = pick_precision("auto", device)
     step = TrainStep(model, optimizer, lambda images: to_input(images, spec), precision=precision, group=group)

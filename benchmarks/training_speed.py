@@ -281,7 +281,7 @@ def matmul_rate(precision: torch.dtype, device: torch.device) -> float:
 def count_multiply_adds(model: nn.Module, side: int) -> int:
     """Of the convolutions and linear layers, for one picture of `side` x `side` pixels."""
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model.eval()(torch.zeros(1, model.input_spec.channels, side, side))
+        model.eval()(torch.zeros(1, model.info.input_spec.channels, side, side))
     return counter.get_total_flops() // 2
 
 
@@ -291,7 +291,7 @@ def count_operations(settings: dict) -> int:
     The first layer needs no gradient of its input, so that is up to one percent too much.
     """
     model = create_model(settings["arch"], 7, image_size=settings["image_size"])
-    side = round(parse_augment(settings["augment"]).window * model.input_spec.image_size)
+    side = round(parse_augment(settings["augment"]).window * model.info.input_spec.image_size)
     return 6 * count_multiply_adds(model, side)
 
 

@@ -19,6 +19,7 @@ from tqdm import tqdm
 from device import autocast, memory_format
 from engine.distributed import ALONE, Group
 from engine.optim import Ema, steps_per_batch
+from models import device_of
 
 TEACHER_SHARE = 0.8  # of the loss, where there are teachers
 
@@ -189,7 +190,7 @@ def evaluate(
     evaluation mode.
     """
     model.eval()
-    device = next(model.parameters()).device
+    device = device_of(model)
     logits, targets = [], []
     for images, labels in batches:
         inputs = prepare(images).contiguous(memory_format=memory_format(device))

@@ -1,75 +1,125 @@
-"""Starting from what a network has learnt before: ImageNet weights under a new head, stages that stay frozen."""
+"""Starting from trained weights: ImageNet's, another checkpoint's, another tool's; stages that stay frozen."""
 
 import pickle
+from pathlib import Path
 
 import torch
 from torch import nn
 
-from errors import InputError
-from models import head_prefix
+from checkpoints import find_state_dict, is_checkpoint, load_file, match_keys, parse_checkpoint
+from errors import InputError, reason_of
+from models import get_arch, last_layer_name
 
 
 def load_imagenet_weights(model: nn.Module) -> None:
-    """Puts torchvision's ImageNet weights under the head of a backbone, downloaded where they aren't cached yet.
+    """Loads torchvision's ImageNet weights under the head of a backbone, downloading them if they aren't cached.
 
-    Raises InputError where the arch has none or they can't be downloaded, and says how to get them.
+    Raises InputError if the arch has none, or if they can't be downloaded, with the way to get them.
     """
-    if head_prefix(model.arch) is None:
-        raise InputError(f"--pretrained: there are no ImageNet weights for {model.arch}; leave the flag out")
+    arch = get_arch(model.info.arch)
+    if not arch.is_backbone:
+        raise InputError(f"--pretrained: there are no ImageNet weights for {arch.name}; leave the flag out")
     from torchvision.models import get_model_weights
 
-    weights = get_model_weights(model.arch).DEFAULT
+    weights = get_model_weights(arch.name).DEFAULT
     try:
         state_dict = weights.get_state_dict(progress=True, check_hash=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:  # no network, or a damaged kept file
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:  # no network, or a damaged cached file
         raise InputError(
-            f"the ImageNet weights of {model.arch} can't be had ({reason}): download {weights.url} and pass the file "
-            "with --weights, or train from nothing with --no-pretrained"
+            f"can't get the ImageNet weights of {arch.name} ({reason_of(error)}): download {weights.url} and pass the "
+            "file with --weights, or train from scratch with --no-pretrained"
         ) from None
     load_backbone(model, state_dict)
 
 
 def load_backbone(model: nn.Module, state_dict: dict[str, torch.Tensor]) -> None:
-    """Loads all but the head from torchvision's `state_dict`; raises InputError where the two don't fit."""
-    prefix = head_prefix(model.arch)
-    if prefix is None:
-        raise InputError(f"{model.arch} is no torchvision backbone, so these weights don't fit it")
-    own = {key: value for key, value in model.state_dict().items() if key.startswith(prefix)}
-    rest = {key: value for key, value in state_dict.items() if not key.startswith(prefix)}
+    """Loads everything except the head from torchvision's `state_dict`; raises InputError if the two don't fit."""
+    arch = get_arch(model.info.arch)
+    if not arch.is_backbone:
+        raise InputError(f"{arch.name} is no torchvision backbone, so these weights don't fit it")
+    own = {key: value for key, value in model.state_dict().items() if key.startswith(f"{arch.head}.")}
+    rest = {key: value for key, value in state_dict.items() if not key.startswith(f"{arch.head}.")}
     try:
         model.load_state_dict({**rest, **own})
     except RuntimeError as error:
-        raise InputError(f"these weights don't fit {model.arch}: {' '.join(str(error).split())[:300]}") from None
+        raise InputError(f"these weights don't fit {arch.name}: {reason_of(error, 300)}") from None
+
+
+def load_initial_weights(model: nn.Module, path: str | Path) -> str:
+    """Starts `model` from a checkpoint of the same arch, or from a state_dict, and returns one line on what was loaded.
+
+    A state_dict may be torchvision's (the head then starts anew), lie in a dict as other tools save it, or have other
+    keys than ours, if its tensors have the same shapes in the same order. The last layer is loaded only if its shape
+    and, of a checkpoint, the class names are the model's. Raises InputError if the file does not fit.
+    """
+    arch, loaded = get_arch(model.info.arch), load_file(Path(path))
+    if is_checkpoint(loaded):
+        checkpoint = parse_checkpoint(loaded, path)
+        if checkpoint["arch"] != arch.name:
+            raise InputError(f"--weights {path} is of arch {checkpoint['arch']}, but --arch is {arch.name}")
+        same_classes = checkpoint["class_names"] == model.info.class_names
+        return _load_matching(model, checkpoint["state_dict"], path, keep_last=same_classes)
+    state_dict = find_state_dict(loaded)
+    if state_dict is None:
+        raise InputError(f"--weights {path} holds neither a checkpoint nor a state_dict")
+    if arch.is_backbone and last_layer_name(model) + ".weight" not in state_dict:
+        try:
+            load_backbone(model, state_dict)
+        except InputError as error:
+            raise InputError(f"--weights {path}: {error}") from None
+        return f"{path}: backbone loaded, the head starts anew"
+    return _load_matching(model, state_dict, path, keep_last=True)
+
+
+def _load_matching(model: nn.Module, theirs: dict[str, torch.Tensor], path: str | Path, *, keep_last: bool) -> str:
+    """Loads all of `theirs`, except the last layer if `keep_last` is False or its shape differs."""
+    own, last = model.state_dict(), last_layer_name(model)
+    replaced = {key: own[key] for key in own if key.startswith(f"{last}.")}
+    try:
+        state_dict = match_keys(theirs, own)
+        if keep_last:
+            replaced = {key: value for key, value in replaced.items() if value.shape != state_dict[key].shape}
+        model.load_state_dict({**state_dict, **replaced})
+        if not all(value.isfinite().all() for value in model.state_dict().values()):
+            raise InputError(f"--weights {path} is damaged: it holds NaN or infinite values")
+    except (RuntimeError, KeyError, AttributeError) as error:
+        raise InputError(f"--weights {path} doesn't fit --arch {model.info.arch}: {reason_of(error, 300)}") from None
+    how = "" if state_dict is theirs else ", in order, since their names are others"
+    if replaced:
+        there, here = (list(weights[last + ".weight"].shape) for weights in (state_dict, own))
+        how = f" but the last layer's{how}: other classes or size, {there} there and {here} here"
+    return f"{path}: all weights loaded{how}"
 
 
 def list_stages(model: nn.Module) -> list[str]:
     """Names of a backbone's stages from the input on, as --freeze takes them; empty for a scratch network."""
-    if head_prefix(model.arch) is None:
+    arch = get_arch(model.info.arch)
+    if not arch.is_backbone:
         return []
     if hasattr(model, "features"):
         return [f"features.{name}" for name, _ in model.features.named_children()]
-    return [name for name, child in model.named_children() if name != "fc" and any(True for _ in child.parameters())]
+    return [name for name, child in model.named_children() if name != arch.head and list(child.parameters())]
 
 
 def freeze(model: nn.Module, stage: str) -> None:
-    """Freezes a backbone from its input up to and with `stage` ("all": the whole of it, only the head learns).
+    """Freezes a backbone from its input up to and including `stage`; "all" freezes everything except the head.
 
     Frozen stages get no gradient, and `train_mode` keeps their batch-norm statistics. Raises InputError for a stage
-    that the network does not have, with the list of those that it has.
+    that the model does not have, with the list of those that it has.
     """
     stages = list_stages(model)
     if not stages:
-        raise InputError(f"--freeze: {model.arch} is no pretrained backbone and has no stages to freeze")
+        raise InputError(f"--freeze: {model.info.arch} is no pretrained backbone and has no stages to freeze")
     if stage != "all" and stage not in stages:
-        raise InputError(f"--freeze: {model.arch} has no stage {stage!r}; choose from: all, {', '.join(stages)}")
-    model.frozen = stages if stage == "all" else stages[: stages.index(stage) + 1]
-    for name in model.frozen:
+        raise InputError(f"--freeze: {model.info.arch} has no stage {stage!r}; choose from: all, {', '.join(stages)}")
+    for name in stages if stage == "all" else stages[: stages.index(stage) + 1]:
         model.get_submodule(name).requires_grad_(False)
 
 
 def train_mode(model: nn.Module) -> None:
-    """`model.train()`, except that frozen stages stay in evaluation mode."""
+    """`model.train()`, except that modules whose parameters are all frozen stay in evaluation mode."""
     model.train()
-    for name in model.frozen:
-        model.get_submodule(name).eval()
+    for module in model.modules():
+        parameters = list(module.parameters())
+        if parameters and not any(parameter.requires_grad for parameter in parameters):
+            module.eval()

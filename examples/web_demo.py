@@ -39,9 +39,9 @@ def load_gradio():
 
 
 def describe(model, path: str) -> str:
-    classes = ", ".join(map(printable, model.class_names))
-    size = "exported" if hasattr(model, "eats_uint8") else f"{count_parameters(model):,} parameters"
-    return f"{model.arch} from {printable(path)}, {size}, trained on {printable(model.trained_on)}. Classes: {classes}."
+    classes = ", ".join(map(printable, model.info.class_names))
+    size = f"{count_parameters(model):,} parameters" if count_parameters(model) else "exported"
+    return f"{model.info.arch} from {printable(path)}, {size}, trained on {printable(model.info.trained_on)}. Classes: {classes}."
 
 
 def find_emotions(model, path: str) -> tuple[list[tuple[Face | None, tuple | None]], str]:
@@ -50,8 +50,8 @@ def find_emotions(model, path: str) -> tuple[list[tuple[Face | None, tuple | Non
     is_crop = max(pixels.shape[:2]) <= CROP_SIZE
     if is_crop or opencv_problem():
         why = "The picture is small, so all of it was taken for one face." if is_crop else opencv_problem()
-        return [(None, predict_image(model, pixels, model.class_names))], why
-    found = predict_faces(model, pixels, model.class_names)
+        return [(None, predict_image(model, pixels, model.info.class_names))], why
+    found = predict_faces(model, pixels, model.info.class_names)
     if not found:
         return [(None, None)], "No face found. Try a picture with an upright face, or crop it to the face."
     results = [(Face(*one["box"], one["score"]), (one["emotion"], one["confidence"], one["probs"])) for one in found]

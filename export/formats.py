@@ -10,15 +10,16 @@ import importlib.util
 import json
 import logging
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from checkpoints import build_model, check_info, is_torchscript
-from errors import InputError, printable
-from models import InputSpec
-from preprocessing import to_input
+from checkpoints import build_model, check_info, is_torchscript, upgrade
+from errors import InputError, reason_of
+from models import InputSpec, ModelInfo
+from preprocessing import to_input, to_uint8
 
 INFO_NAME = "emotion.json"  # of the entry in TorchScript and torch.export files; in ONNX the key of the metadata
 CONFIG_NAME = "config.json"  # beside a safetensors file
@@ -33,15 +34,15 @@ class Deployed(nn.Module):
 
     def __init__(self, model: nn.Module):
         super().__init__()
-        self.model, self.spec, self.temperature = model, model.input_spec, model.temperature
+        self.model, self.info = model, model.info
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return torch.softmax(self.model(to_input(images, self.spec)) / self.temperature, dim=1)
+        return torch.softmax(self.model(to_input(images, self.info.input_spec)) / self.info.temperature, dim=1)
 
     def example(self, count: int = 2) -> torch.Tensor:
         """uint8 pictures of seeded noise."""
-        side, generator = self.spec.image_size, torch.Generator().manual_seed(0)
-        shape = (count, self.spec.stored_channels, side, side)
+        spec, generator = self.info.input_spec, torch.Generator().manual_seed(0)
+        shape = (count, spec.stored_channels, spec.image_size, spec.image_size)
         return torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
 
 
@@ -108,28 +109,23 @@ def missing_packages(name: str) -> list[str]:
 # Reading
 
 
-class _Program(nn.Module):
-    """An exported file in the place of a network: uint8 pictures in, logits out, up to a constant a picture.
+class ExportedModel(nn.Module):
+    """An exported file that is called as its model was: normalized float32 images -> logits, up to a constant per row.
 
-    `eats_uint8` says that scaling and normalising are inside. What comes out of the file are probabilities, by the
-    temperature; their logarithms times the temperature are what they were made of.
+    The file takes uint8 images and returns probabilities, so the normalization is undone before it is called, and the
+    softmax and the temperature after. Runs on the CPU.
     """
 
-    eats_uint8 = True
-
-    def __init__(self, run, info: dict):
+    def __init__(self, run: Callable[[torch.Tensor], torch.Tensor], info: ModelInfo):
         super().__init__()
-        self._run, self.arch, self.num_classes = run, info["arch"], info["num_classes"]
-        self.input_spec, self.class_names = InputSpec.from_dict(info["input_spec"]), info["class_names"]
-        self.temperature, self.trained_on = info["temperature"], info["trained_on"]
-        self.device_mark = nn.Parameter(torch.empty(0), requires_grad=False)  # a network is where its parameters are
+        self._run, self.info = run, info
 
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return self.temperature * self.probs(images).clamp_min(1e-30).log()
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        return self.info.temperature * self.probs(to_uint8(inputs, self.info.input_spec)).clamp_min(1e-30).log()
 
     def probs(self, images: torch.Tensor) -> torch.Tensor:
-        """What comes out of the file: float32 (N, num_classes)."""
-        return self._run(to_stored(images, self.input_spec))
+        """What the file computes: uint8 (N, C, S, S) -> probabilities float32 (N, num_classes)."""
+        return self._run(images.contiguous())
 
 
 def is_exported(path: str | Path) -> bool:
@@ -161,27 +157,26 @@ def read_exported(path: str | Path, *, trust: bool = False) -> tuple[nn.Module, 
         if info is None:
             raise InputError(f"{path} was not made by export_emotion.py: it holds no class names")
         info = check_info(info, path)
-        model = _Program(run, info) if callable(run) else build_model({**info, "state_dict": run}, path)
-        model.eval()
-        if callable(run):
-            _try_out(model, path)
+        if not callable(run):
+            return build_model(upgrade({**info, "state_dict": run}), path), info
+        model = ExportedModel(run, ModelInfo.from_dict(info)).eval()
+        _try_out(model, path)
         return model, info
     except InputError:
         raise
     except ImportError as error:
         raise InputError(f"{path} needs a package that isn't there: pip install {error.name or error}") from None
     except Exception as error:  # what these readers raise on foreign or damaged bytes is not documented, and varies
-        reason = printable(" ".join(str(error).split())[:200]) or type(error).__name__
-        raise InputError(f"{path} can't be read as {path.suffix}: {reason}") from None
+        raise InputError(f"{path} can't be read as {path.suffix}: {reason_of(error)}") from None
 
 
 @torch.inference_mode()
-def _try_out(model: _Program, path: Path) -> None:
+def _try_out(model: ExportedModel, path: Path) -> None:
     """InputError where two black pictures don't give the probabilities of two pictures."""
-    spec = model.input_spec
+    spec = model.info.input_spec
     probs = model.probs(torch.zeros(2, spec.stored_channels, spec.image_size, spec.image_size, dtype=torch.uint8))
-    if probs.shape != (2, model.num_classes) or not probs.isfinite().all():
-        raise InputError(f"{path} is damaged: it gives no probabilities of {model.num_classes} classes")
+    if probs.shape != (2, model.info.num_classes) or not probs.isfinite().all():
+        raise InputError(f"{path} is damaged: it gives no probabilities of {model.info.num_classes} classes")
 
 
 def _read_onnx(path: Path):

@@ -170,6 +170,6 @@ def watch(
         if number % detect_every == 0:
             tracker.detect(find_faces(pixels, min_size=min_size, yunet=yunet))
         crops = [crop_face(pixels, track.face) for track in tracker.found]
-        results = classify_batch(model, [(View(None), read_image(crop, model.input_spec)) for crop in crops])
+        results = classify_batch(model, [(View(None), read_image(crop, model.info.input_spec)) for crop in crops])
         tracker.classify([to_prediction(probs, class_names) for _, probs in results])
         yield pixels, [(track.face, track.prediction) for track in tracker.found]

@@ -143,17 +143,3 @@ def crop_face(image, face: Face, margin: float | None = None) -> np.ndarray:
     rows = np.arange(top, top + side).clip(0, pixels.shape[0] - 1)
     columns = np.arange(left, left + side).clip(0, pixels.shape[1] - 1)
     return pixels[rows[:, None], columns]
-
-
-def crop_largest(path: str | Path, min_size: int | None = None) -> np.ndarray:
-    """What predictions see of a photo: its largest face, uint8 (S, S, 3); all of it where it has at most 100 pixels.
-
-    `min_size` as for find_faces. Raises InputError where there is no face and where the file can't be read.
-    """
-    pixels = read_whole(path)
-    if max(pixels.shape[:2]) <= CROP_SIZE:
-        return pixels
-    found = find_faces(pixels, min_size=min_size)
-    if not found:
-        raise InputError(f"no upright face of {min_size or SMALLEST} pixels or more is found in {path}")
-    return crop_face(pixels, found[0])

@@ -132,7 +132,8 @@ def classify_video(
                     views = [(replace(view, source=source, time=time), part) for view, part in find(pixels)]
                     results = classify_batch(model, views)
                     shown = [
-                        (view.face, None if p is None else to_prediction(p, model.class_names)) for view, p in results
+                        (view.face, None if p is None else to_prediction(p, model.info.class_names))
+                        for view, p in results
                     ]
                     if copy and results[0][1] is not None:
                         points.append((seconds, *results[0][1].tolist()))
@@ -150,4 +151,4 @@ def classify_video(
 
         title = Path(source).name + (", largest face" if results[0][0].kind != "whole" else "")
         target = targets(source, ".timeline.png")
-        replace_file(target, lambda path: reports.plot_timeline(points, model.class_names, path, title=title))
+        replace_file(target, lambda path: reports.plot_timeline(points, model.info.class_names, path, title=title))
