@@ -1,7 +1,7 @@
 """The checkpoint file: plain dicts of tensors, numbers, strings, lists and dicts, written whole or not at all.
 
 checkpoint = read_checkpoint("best_emotion_model.pth")      # a dict; refuses files that carry code
-model = build_model(checkpoint)                             # the network, in evaluation mode
+model = build_model(checkpoint)                             # in evaluation mode
 """
 
 import contextlib
@@ -17,8 +17,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from errors import InputError, printable
-from models import InputSpec, ModelInfo, create_model, input_spec_for
+from errors import InputError, printable, reason_of
+from models import ModelInfo, create_model, input_spec_for
 
 FORMAT_VERSION = 2
 # Version 1 kept a scratch network as one nn.Sequential. Its first layers are `features` now, the rest `classifier`.
@@ -27,6 +27,7 @@ MAX_CLASSES = 10_000
 MAX_INFLATION = 10  # of a compressed file; float32 weights hardly shrink
 PATHS = ("data_dir", "weights", "teacher", "cache_dir", "tensorboard")  # settings that name places on the machine
 BEST_NAME, FINAL_NAME = "best_emotion_model.pth", "final_emotion_model.pth"
+PREVIOUS_NAME = "best_emotion_model.previous.pth"  # the best checkpoint of an earlier run in the same folder
 _TYPES = {
     "arch": str,
     "num_classes": int,
@@ -45,15 +46,9 @@ def make_checkpoint(model: nn.Module, *, epoch: int, metrics: dict, config: dict
 
     On the CPU the tensors are the model's own, not copies, so that a file that names them twice stores them once.
     """
-    info = model.info
     return {
         "format_version": FORMAT_VERSION,
-        "arch": info.arch,
-        "num_classes": info.num_classes,
-        "class_names": list(info.class_names),
-        "input_spec": info.input_spec.to_dict(),
-        "temperature": info.temperature,
-        "trained_on": info.trained_on,
+        **model.info.to_dict(),
         "state_dict": {key: value.detach().cpu() for key, value in model.state_dict().items()},
         "epoch": epoch,
         "metrics": metrics,
@@ -74,7 +69,7 @@ def without_folders(config: dict) -> dict:
 def replace_file(path: str | Path, write) -> None:
     """Calls `write(temporary_path)` and moves the result onto `path`, which is either as before or whole and new.
 
-    Raises InputError that names `path` where it can't be written; no temporary file is left behind.
+    Raises InputError that names `path` if it can't be written; no temporary file is left behind.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -84,15 +79,14 @@ def replace_file(path: str | Path, write) -> None:
             os.fsync(file.fileno())
         _replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch reports a failed write as a RuntimeError
-        reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
-        raise InputError(f"can't write {path}: {reason}") from None
+        raise InputError(f"can't write {path}: {getattr(error, 'strerror', None) or reason_of(error)}") from None
     finally:
         with contextlib.suppress(OSError):  # gone already, or never made
             temporary.unlink()
 
 
 def _replace(source: Path, target: Path) -> None:
-    """os.replace, tried again where Windows refuses because a virus scanner or a reader has `target` open."""
+    """os.replace, tried again if Windows refuses because a virus scanner or a reader has `target` open."""
     for seconds in (0.1, 0.5, 2) if os.name == "nt" else ():
         try:
             return os.replace(source, target)
@@ -102,7 +96,7 @@ def _replace(source: Path, target: Path) -> None:
 
 
 def save_checkpoint(checkpoint: dict, path: str | Path) -> None:
-    """Writes `checkpoint` atomically; raises InputError where `path` can't be written."""
+    """Writes `checkpoint` atomically; raises InputError if `path` can't be written."""
 
     def write(temporary: Path) -> None:
         with temporary.open("wb") as file:  # given a path, torch writes its name into the file
@@ -112,7 +106,7 @@ def save_checkpoint(checkpoint: dict, path: str | Path) -> None:
 
 
 def load_file(path: Path):
-    """What torch.load makes of `path` without running code; InputError with one line where it refuses."""
+    """What torch.load makes of `path` without running code; InputError with one line if it refuses."""
     try:
         if not path.exists():
             raise InputError(f"no checkpoint at {path}")
@@ -135,7 +129,7 @@ def load_file(path: Path):
 
 
 def _names_in_zip(path: Path) -> set[str]:
-    """The names of the files in a zip archive, without folders; none where it is damaged or something else."""
+    """The names of the files in a zip archive, without folders; none if it is damaged or something else."""
     try:
         with zipfile.ZipFile(path) as archive:
             return {name.rpartition("/")[2] for name in archive.namelist()}
@@ -144,11 +138,11 @@ def _names_in_zip(path: Path) -> set[str]:
 
 
 def _unpacked_size(path: Path) -> int:
-    """Bytes that the entries of a zip archive hold, to the reader that torch.load has; 0 for what it refuses too."""
+    """Bytes in the entries of a zip archive, as torch.load's own reader counts them; 0 for what it refuses too."""
     try:
         reader = torch._C.PyTorchFileReader(str(path))  # zipfile may see other entries than this one does
         return sum(reader.get_record_size(name) for name in reader.get_all_records())
-    except (RuntimeError, AttributeError):  # the latter where a version of torch does not tell sizes
+    except (RuntimeError, AttributeError):  # the latter if a version of torch does not tell sizes
         return 0
 
 
@@ -186,11 +180,11 @@ def read_checkpoint(path: str | Path) -> dict:
 
 
 def adopt_checkpoint(path: str | Path, arch: str, class_names: list[str]) -> dict:
-    """A checkpoint made of another tool's state_dict of `arch`, bare or in a usual layout, as read_checkpoint's.
+    """A checkpoint, as read_checkpoint returns it, of another tool's state_dict of `arch`, bare or in a usual layout.
 
-    `class_names` are in the order of its logits; pictures are prepared as for our networks of that arch. Where its
-    keys are others than ours, tensors are taken in order, if their shapes agree. Raises InputError with one line where
-    there is no state_dict in it.
+    `class_names` are in the order of its logits; images are preprocessed as for our models of that arch. If its keys
+    differ from ours, tensors are taken in order, provided their shapes agree. Raises InputError with one line if the
+    file holds no state_dict.
     """
     if not isinstance(class_names, list | tuple) or not all(isinstance(name, str) for name in class_names):
         raise InputError(f"class_names must be a list of names, in the order of the logits, not {class_names!r:.100}")
@@ -200,23 +194,11 @@ def adopt_checkpoint(path: str | Path, arch: str, class_names: list[str]) -> dic
     state_dict = find_state_dict(loaded)
     if state_dict is None:
         raise InputError(f"{path} holds no state_dict")
-    spec = input_spec_for(arch).to_dict()
+    info = ModelInfo(arch, list(class_names), input_spec_for(arch), trained_on="what another tool had")
     with torch.device("meta"):
         own = create_model(arch, len(class_names)).state_dict()
-    checkpoint = {
-        "format_version": FORMAT_VERSION,
-        "arch": arch,
-        "num_classes": len(class_names),
-        "metrics": {},
-        "class_names": list(class_names),
-        "input_spec": spec,
-        "temperature": 1.0,
-        "config": {},
-        "epoch": 0,
-        "trained_on": "what another tool had",
-        "state_dict": match_keys(state_dict, own),
-    }
-    return check_info(checkpoint, path)
+    weights = {"state_dict": match_keys(state_dict, own), "epoch": 0, "metrics": {}, "config": {}}
+    return check_info({"format_version": FORMAT_VERSION, **info.to_dict(), **weights}, path)
 
 
 def is_checkpoint(loaded) -> bool:
@@ -237,7 +219,7 @@ def parse_checkpoint(loaded, path: str | Path) -> dict:
 
 
 def upgrade(checkpoint: dict) -> dict:
-    """`checkpoint`, of any version that is read, in the current one."""
+    """`checkpoint`, of any version that is read, in the current format."""
     features = V1_FEATURES.get(checkpoint["arch"])
     if checkpoint["format_version"] == FORMAT_VERSION or features is None:
         return checkpoint | {"format_version": FORMAT_VERSION}
@@ -246,12 +228,11 @@ def upgrade(checkpoint: dict) -> dict:
         found = re.fullmatch(r"(\d{1,3})\.(.+)", key) if isinstance(key, str) else None
         if found is None:
             return key
-        position = int(found[1])
-        child = f"features.{position}" if position < features else f"classifier.{position - features}"
-        return f"{child}.{found[2]}"
+        layer, rest = int(found[1]), found[2]
+        return f"features.{layer}.{rest}" if layer < features else f"classifier.{layer - features}.{rest}"
 
-    def renamed(state_dict):
-        return {rename(key): value for key, value in state_dict.items()} if isinstance(state_dict, dict) else state_dict
+    def renamed(weights):
+        return {rename(key): value for key, value in weights.items()} if isinstance(weights, dict) else weights
 
     parts = {name: renamed(checkpoint[name]) for name in ("state_dict", "train_state_dict") if name in checkpoint}
     if isinstance(checkpoint.get("ema"), dict):
@@ -260,23 +241,23 @@ def upgrade(checkpoint: dict) -> dict:
 
 
 def get_info(checkpoint: dict) -> dict:
-    """What an exported file says of the network: all of a checkpoint that deploys, but the weights."""
+    """What an exported file carries next to the weights: all of the checkpoint, without the folders of its config."""
     info = {key: checkpoint[key] for key in ("format_version", *_TYPES)}
     return info | {"config": without_folders(info["config"])}
 
 
 def check_info(checkpoint: dict, path: str | Path) -> dict:
-    """`checkpoint` where what it says of its network is whole; raises InputError that names `path` where it isn't."""
+    """`checkpoint`, if all except its weights is present and valid; else raises InputError that names `path`."""
     version = checkpoint.get("format_version")
-    if version not in (1, FORMAT_VERSION):
+    if type(version) is not int or version not in (1, FORMAT_VERSION):  # comparing a tensor may raise
         raise InputError(
-            f"{path} has checkpoint format {version!r}, and this version reads 1 and {FORMAT_VERSION}: use the version "
-            "of this project that wrote it"
+            f"{path} has checkpoint format {version!r:.50}, and this version reads 1 and {FORMAT_VERSION}: use the "
+            "version of this project that wrote it"
         )
     for key, kind in _TYPES.items():
         if not isinstance(checkpoint.get(key), kind):
             raise InputError(f"{path} is damaged: its {key!r} is missing or no {kind.__name__}")
-    if not re.fullmatch(r"\w+", checkpoint["arch"]):  # whether there is such a network shows when it is built
+    if not re.fullmatch(r"\w+", checkpoint["arch"]):  # whether it is registered shows when it is built
         raise InputError(f"{path} is of the unknown arch {checkpoint['arch']!r}")
     if not 0 < checkpoint["temperature"] < math.inf:
         raise InputError(f"{path} is damaged: its temperature is {checkpoint['temperature']}")
@@ -298,18 +279,18 @@ def check_info(checkpoint: dict, path: str | Path) -> dict:
     return checkpoint
 
 
-def _fit(checkpoint: dict, spec: InputSpec) -> nn.Module:
-    """The network without memory, after a look whether the file holds its weights; RuntimeError where it doesn't.
+def _check_fit(checkpoint: dict, info: ModelInfo) -> nn.Module:
+    """A model without memory (on the meta device) that `checkpoint` has the weights of; RuntimeError if they don't fit.
 
-    The sizes that a file asks for are thus allocated only where it is that large itself.
+    So a large model is allocated only if the file is that large itself.
     """
     with torch.device("meta"):
-        model = create_model(checkpoint["arch"], checkpoint["num_classes"], image_size=spec.image_size)
+        model = create_model(info.arch, checkpoint["num_classes"], image_size=info.input_spec.image_size)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that nothing is copied yet
         model.load_state_dict(checkpoint["state_dict"])
     for key, value in checkpoint["state_dict"].items():
-        if value.is_meta or value.nbytes > value.untyped_storage().nbytes():  # a few numbers stretched to any size
+        if value.is_meta or value.nbytes > value.untyped_storage().nbytes():  # a few numbers expanded to any size
             raise InputError(f"its weights are damaged: {printable(key)} is larger than what is stored of it")
     return model
 
@@ -317,31 +298,30 @@ def _fit(checkpoint: dict, spec: InputSpec) -> nn.Module:
 def build_model(checkpoint: dict, path: str | Path = "the checkpoint") -> nn.Module:
     """The model of a checkpoint on the CPU in float32, in evaluation mode, with its `info`.
 
-    Raises InputError where arch, weights and shapes don't belong together; `path` is named in it.
+    Raises InputError that names `path` if arch, weights and shapes don't belong together.
     """
     try:
         info = ModelInfo.from_dict(checkpoint)
-        spec = info.input_spec
-        model = _fit(checkpoint, spec)
-        if spec.channels != model.info.input_spec.channels:
-            raise InputError(f"its input_spec has {spec.channels} channels, not {model.info.input_spec.channels}")
-        kinds = {key: value.dtype for key, value in model.state_dict().items()}
-        weights = {key: value.to(kinds[key], copy=True) for key, value in checkpoint["state_dict"].items()}
+        model = _check_fit(checkpoint, info)
+        channels, expected = info.input_spec.channels, model.info.input_spec.channels
+        if channels != expected:
+            raise InputError(f"its input_spec has {channels} channels, not {expected}")
+        dtypes = {key: value.dtype for key, value in model.state_dict().items()}
+        weights = {key: value.to(dtypes[key], copy=True) for key, value in checkpoint["state_dict"].items()}
         model.load_state_dict(weights, assign=True)
-        for key, value in model.state_dict().items():
+        for key, value in weights.items():
             if not value.isfinite().all():
-                raise InputError(f"its weights are damaged: {printable(key)} holds values that are no finite numbers")
+                raise InputError(f"its weights are damaged: {printable(key)} holds NaN or infinite values")
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
     except (RuntimeError, AttributeError, TypeError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise InputError(f"{path}: its weights don't fit {checkpoint['arch']}: {reason}") from None
+        raise InputError(f"{path}: its weights don't fit {checkpoint['arch']}: {reason_of(error, 300)}") from None
     model.info = info
     return model.eval()
 
 
 def find_state_dict(loaded) -> dict[str, torch.Tensor] | None:
-    """The state_dict in what was loaded, also in the usual layouts of other tools; None where there is none."""
+    """The state_dict in what was loaded, also in the usual layouts of other tools; None if there is none."""
     for name in ("model_state_dict", "state_dict", "model"):
         if isinstance(loaded, dict) and isinstance(loaded.get(name), dict):
             loaded = loaded[name]
@@ -356,7 +336,8 @@ def find_state_dict(loaded) -> dict[str, torch.Tensor] | None:
 
 
 def match_keys(state_dict: dict[str, torch.Tensor], own: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """`state_dict` under the names of `own`, in order, where it has others and shapes agree, but for the last layer."""
+    """`state_dict` under the names of `own`, in order, if its own differ but all shapes (the last layer's may not) agree.
+    """
     shapes, expected = ([value.shape for value in weights.values()] for weights in (state_dict, own))
     if state_dict.keys() == own.keys() or len(shapes) != len(expected) or shapes[:-2] != expected[:-2]:
         return state_dict

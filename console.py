@@ -61,11 +61,19 @@ def number(kind: type, low: float, high: float = math.inf, *, below: bool = Fals
     return parse
 
 
+class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Shows the defaults that tell something."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        is_plain = action.default in (None, False, argparse.SUPPRESS) or "default" in action.help
+        return action.help if is_plain else f"{action.help} (default: %(default)s)"
+
+
 class ArgumentParser(argparse.ArgumentParser):
     """argparse's, but a wrong flag gets one line instead of the whole usage, and a part of a flag is a wrong one."""
 
     def __init__(self, **options):
-        super().__init__(**{"allow_abbrev": False, **options})
+        super().__init__(**{"allow_abbrev": False, "formatter_class": _HelpFormatter, **options})
 
     def error(self, message: str):
         self.exit(2, f"error: {message}\n")

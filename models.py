@@ -1,9 +1,9 @@
-"""The networks, their registry, what each one eats (InputSpec) and how each is trained by default (Recipe).
+"""The networks and their registry: what each takes as input (InputSpec) and how it is trained by default (Recipe).
 
-    model = create_model("cnn4_bn", num_classes=7)      # logits = model(images normalised by model.input_spec)
+    model = create_model("cnn4_bn", num_classes=7)      # logits = model(images normalized by model.info.input_spec)
     list_archs()                                        # the names
 
-Every network returns logits. Five earlier systems are rebuilt here; the docstrings call them by these names:
+Every model returns logits. Five earlier systems are rebuilt here; the docstrings call them by these names:
 S0 "Emotion Recognition CNN Model" (four classes), S1 "Emotion Recognition with CNN from Scratch", S2 "Facial Emotion
 Recognition using CNN (PyTorch)", S3 "Emotion Recognition Model", S4 "Facial Expression Recognition".
 """
@@ -12,22 +12,21 @@ import math
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 
 import torch
 from torch import nn
 
 from errors import InputError
 
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-
 
 @dataclass(frozen=True)
 class InputSpec:
-    """What a network eats. It is saved with the weights, and nothing else decides preprocessing.
+    """What a model takes as input. Saved with the weights; nothing else decides preprocessing.
 
-    Pictures are squeezed to `image_size` x `image_size` pixels; values 0-255 are scaled to 0-1, then normalised by
-    `mean` and `std`, one number a channel. `gray` says that a network of three channels was trained on gray pictures:
-    a colour picture is then turned gray first, so that it is seen as training saw it.
+    Images are resized to `image_size` x `image_size` pixels; values 0-255 are scaled to 0-1, then normalized by `mean`
+    and `std`, one number per channel. `gray` means that a model with three channels was trained on gray images: color
+    images are then converted to gray first, so that the model sees them as in training.
     """
 
     image_size: int = 48
@@ -38,7 +37,7 @@ class InputSpec:
 
     def __post_init__(self):
         if not (isinstance(self.image_size, int) and 8 <= self.image_size <= 2048):
-            raise InputError(f"image_size must be a whole number from 8 to 2048, not {self.image_size!r}")
+            raise InputError(f"image_size must be an integer from 8 to 2048, not {self.image_size!r}")
         if self.channels not in (1, 3):
             raise InputError(f"channels must be 1 (gray) or 3 (RGB), not {self.channels!r}")
         for name in ("mean", "std"):
@@ -57,7 +56,7 @@ class InputSpec:
 
     @classmethod
     def from_dict(cls, values: dict) -> "InputSpec":
-        """Raises InputError where keys are missing, unknown or out of range."""
+        """Raises InputError if keys are missing, unknown or out of range."""
         names = {field.name for field in fields(cls)}
         if not isinstance(values, dict) or set(values) != names:
             raise InputError(f"an input_spec has the keys {sorted(names)}, not {values!r}")
@@ -65,7 +64,7 @@ class InputSpec:
 
     @property
     def stored_channels(self) -> int:
-        """Channels that a picture must keep before it is expanded: 1 where colour plays no part."""
+        """Channels of an image before it is expanded to `channels`: 1 if color plays no part."""
         return 1 if self.gray else self.channels
 
 
@@ -82,6 +81,10 @@ class ModelInfo:
     @property
     def num_classes(self) -> int:
         return len(self.class_names)
+
+    def to_dict(self) -> dict:
+        """The keys of a checkpoint that from_dict reads, and num_classes."""
+        return {**asdict(self), "num_classes": self.num_classes, "input_spec": self.input_spec.to_dict()}
 
     @classmethod
     def from_dict(cls, checkpoint: dict) -> "ModelInfo":
@@ -111,32 +114,24 @@ class Recipe:
 @dataclass(frozen=True)
 class Arch:
     name: str
-    build: Callable[..., nn.Module]
-    input_spec: InputSpec
+    build: Callable[[int, int], nn.Module]
     recipe: Recipe
-    is_backbone: bool  # a torchvision network under the custom head, with ImageNet weights to start from
-    takes_any_size: bool  # whether it may be trained on windows smaller than the images
-    head: str  # name of the child that holds the linear layers; the last one makes the logits
+    input_spec: InputSpec = InputSpec()
+    is_backbone: bool = False  # a torchvision network under our classifier, with ImageNet weights to start from
+    takes_any_size: bool = False  # whether it may be trained on windows smaller than the images
+    head: str = "classifier"  # name of the child that holds the linear layers; its last one makes the logits
 
 
 ARCHS: dict[str, Arch] = {}
 
 
-def register(
-    name: str,
-    recipe: Recipe,
-    input_spec: InputSpec | None = None,
-    *,
-    is_backbone: bool = False,
-    takes_any_size: bool = False,
-    head: str = "classifier",
-):
-    """Decorator: `build(num_classes, image_size, dropout) -> nn.Module` becomes the arch `name`."""
+def register(name: str, recipe: Recipe, **options):
+    """Decorator: `build(num_classes, image_size) -> nn.Module` becomes the arch `name`; `options` are Arch's fields."""
 
     def add(build):
         if name in ARCHS:
             raise ValueError(f"arch {name!r} is registered twice")
-        ARCHS[name] = Arch(name, build, input_spec or InputSpec(), recipe, is_backbone, takes_any_size, head)
+        ARCHS[name] = Arch(name, build, recipe, **options)
         return build
 
     return add
@@ -154,7 +149,7 @@ def get_arch(name: str) -> Arch:
 
 
 def input_spec_for(arch: str, image_size: int | None = None) -> InputSpec:
-    """What `arch` eats, at its own size or at `image_size` pixels; InputError for a size too small."""
+    """The input of `arch`, at its own size or at `image_size` pixels; InputError for a size too small."""
     spec = get_arch(arch).input_spec
     if image_size is not None and image_size < 32:
         raise InputError(f"--image-size {image_size} is too small for {arch}: 32 is the least")
@@ -174,7 +169,10 @@ def create_model(
         raise InputError(f"a model needs at least 2 classes, not {num_classes}")
     if dropout is not None and not 0 <= dropout < 1:
         raise InputError(f"--dropout must be at least 0 and below 1, not {dropout}")
-    model = entry.build(num_classes=num_classes, image_size=spec.image_size, dropout=dropout)
+    model = entry.build(num_classes, spec.image_size)
+    for module in model.get_submodule(entry.head).modules() if dropout is not None else ():
+        if isinstance(module, nn.Dropout):
+            module.p = dropout
     model.info = ModelInfo(arch, [str(label) for label in range(num_classes)], spec)
     return model
 
@@ -196,7 +194,7 @@ def last_layer(model: nn.Module) -> nn.Linear:
 
 
 def count_parameters(model: nn.Module) -> int:
-    """Parameters of the network, without buffers such as batch-norm's running statistics."""
+    """Number of parameters, without buffers such as batch-norm's running statistics."""
     return sum(parameter.numel() for parameter in model.parameters())
 
 
@@ -231,12 +229,8 @@ def _network(features: list[nn.Module], classifier: list[nn.Module]) -> nn.Seque
     return nn.Sequential(OrderedDict(features=nn.Sequential(*features), classifier=nn.Sequential(*classifier)))
 
 
-def _p(dropout: float | None, default: float) -> float:
-    return default if dropout is None else dropout
-
-
 @register("cnn6_bn", Recipe(epochs=30, batch_size=64, schedule="plateau", augment="flip,rotation=10,translate=0.1"))
-def cnn6_bn(num_classes: int, image_size: int, dropout: float | None) -> nn.Module:
+def cnn6_bn(num_classes: int, image_size: int) -> nn.Module:
     """S0's network: six convolutions with batch-norm in three blocks, three linear layers.
 
     6.0 M parameters, where S0's document says about 12.5 M.
@@ -247,8 +241,7 @@ def cnn6_bn(num_classes: int, image_size: int, dropout: float | None) -> nn.Modu
         in_channels = out_channels
     head, in_features = [nn.Flatten()], 256 * (image_size // 8) ** 2  # 9216 at 48 pixels
     for out_features in (512, 256):
-        head += [nn.Linear(in_features, out_features), nn.BatchNorm1d(out_features), nn.ReLU()]
-        head.append(Dropout(_p(dropout, 0.5)))
+        head += [nn.Linear(in_features, out_features), nn.BatchNorm1d(out_features), nn.ReLU(), Dropout(0.5)]
         in_features = out_features
     return _network(layers, [*head, nn.Linear(in_features, num_classes)])
 
@@ -256,31 +249,30 @@ def cnn6_bn(num_classes: int, image_size: int, dropout: float | None) -> nn.Modu
 @register(
     "cnn6_rgb",
     Recipe(epochs=60, batch_size=64, augment="flip,rotation=20,brightness=0.5", class_weights="balanced"),
-    InputSpec(channels=3, mean=(0.5,) * 3, std=(0.5,) * 3),
+    input_spec=InputSpec(channels=3, mean=(0.5,) * 3, std=(0.5,) * 3),
 )
-def cnn6_rgb(num_classes: int, image_size: int, dropout: float | None) -> nn.Module:
+def cnn6_rgb(num_classes: int, image_size: int) -> nn.Module:
     """S1's network: six convolutions on RGB, batch-norm on the input and after each pooling (0.6 M parameters)."""
-    layers = [nn.BatchNorm2d(3)]
-    side = image_size
+    layers, side = [nn.BatchNorm2d(3)], image_size
     for a, b, c, pool in ((3, 32, 64, 3), (64, 64, 128, 2), (128, 128, 256, 3)):
         layers += [*_conv(a, b, batch_norm=False), *_conv(b, c, batch_norm=False, pool=pool), nn.BatchNorm2d(c)]
         side //= pool
-    return _network(layers, [nn.Flatten(), Dropout(_p(dropout, 0.0)), nn.Linear(256 * side**2, num_classes)])
+    return _network(layers, [nn.Flatten(), Dropout(0.0), nn.Linear(256 * side**2, num_classes)])
 
 
 @register("cnn4_bn", Recipe(epochs=20, batch_size=32))
-def cnn4_bn(num_classes: int, image_size: int, dropout: float | None) -> nn.Module:
+def cnn4_bn(num_classes: int, image_size: int) -> nn.Module:
     """S2's network: four convolutions with batch-norm, each before a pooling, two linear layers (1.6 M parameters)."""
     layers, in_channels = [], 1
     for out_channels in (32, 64, 128, 256):
         layers += _conv(in_channels, out_channels, pool=2)
         in_channels = out_channels
-    head = [nn.Flatten(), nn.Linear(256 * (image_size // 16) ** 2, 512), nn.ReLU(), Dropout(_p(dropout, 0.5))]
+    head = [nn.Flatten(), nn.Linear(256 * (image_size // 16) ** 2, 512), nn.ReLU(), Dropout(0.5)]
     return _network(layers, [*head, nn.Linear(512, num_classes)])
 
 
 @register("cnn4", Recipe(epochs=65, batch_size=500, weight_decay=1e-4, augment="flip,rotation=10,crop=0.8"))
-def cnn4(num_classes: int, image_size: int, dropout: float | None) -> nn.Module:
+def cnn4(num_classes: int, image_size: int) -> nn.Module:
     """S3's network: four convolutions, two linear layers (5.0 M parameters); without S3's softmax before the loss."""
     features = [
         *_conv(1, 32, batch_norm=False),
@@ -290,7 +282,7 @@ def cnn4(num_classes: int, image_size: int, dropout: float | None) -> nn.Module:
         *_conv(128, 128, batch_norm=False, pool=2),
         Dropout(0.25),
     ]
-    head = [nn.Flatten(), nn.Linear(128 * (image_size // 8) ** 2, 1024), nn.ReLU(), Dropout(_p(dropout, 0.5))]
+    head = [nn.Flatten(), nn.Linear(128 * (image_size // 8) ** 2, 1024), nn.ReLU(), Dropout(0.5)]
     return _network(features, [*head, nn.Linear(1024, num_classes)])
 
 
@@ -303,11 +295,11 @@ def _conv_norm(in_channels: int, out_channels: int, kernel_size: int = 3, stride
 
 
 class _SEBlock(nn.Module):
-    """Two convolutions whose channels are weighed by what the whole picture shows, added to what came in.
+    """A residual block whose channels are weighted by what the whole image shows (squeeze-and-excitation).
 
     (N, in_channels, H, W) -> (N, out_channels, H / stride, W / stride), sides rounded up. The block starts as the
-    identity (its last batch-norm at zero, Goyal et al. 2017, arXiv:1706.02677); where it halves the sides, the
-    shortcut averages before it convolves (He et al. 2019, arXiv:1812.01187).
+    identity (its last batch-norm at zero, Goyal et al. 2017, arXiv:1706.02677); with stride 2 the shortcut averages
+    before it convolves (He et al. 2019, arXiv:1812.01187).
     """
 
     def __init__(self, in_channels: int, out_channels: int, stride: int):
@@ -347,38 +339,20 @@ class _SEBlock(nn.Module):
     ),
     takes_any_size=True,
 )
-def seresnet13(num_classes: int, image_size: int, dropout: float | None) -> nn.Module:
+def seresnet13(num_classes: int, image_size: int) -> nn.Module:
     """Our own network for 48x48 faces: two convolutions, five residual blocks, one linear layer (2.8 M parameters).
 
     Residual blocks after He et al. 2015, arXiv:1512.03385, with squeeze-and-excitation after Hu et al. 2017,
-    arXiv:1709.01507. Pictures are small, so the sides are halved three times only, 48 to 6 pixels.
+    arXiv:1709.01507. Images are small, so the sides are halved three times only, 48 to 6 pixels.
     """
     layers = [*_conv_norm(1, 32), nn.ReLU(), *_conv_norm(32, 64, stride=2), nn.ReLU()]
     blocks = ((64, 64, 1), (64, 128, 2), (128, 128, 1), (128, 256, 2), (256, 256, 1))
     layers += [_SEBlock(*block) for block in blocks]
-    head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), Dropout(_p(dropout, 0.2)), nn.Linear(256, num_classes)]
+    head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), Dropout(0.2), nn.Linear(256, num_classes)]
     return _network(layers, head)
 
 
-# The torchvision backbones under S4's head
-
-
-def _head(in_features: int, num_classes: int, dropout: float | None) -> nn.Sequential:
-    return nn.Sequential(
-        Dropout(_p(dropout, 0.5)),
-        nn.Linear(in_features, 256),
-        nn.ReLU(),
-        Dropout(_p(dropout, 0.3)),
-        nn.Linear(256, num_classes),
-    )
-
-
-_HEADS = {  # where the head stands in torchvision's network, and how many features it is fed
-    "mobilenet_v2": ("classifier", 1280),
-    "resnet18": ("fc", 512),
-    "efficientnet_b0": ("classifier", 1280),
-    "mobilenet_v3_large": ("classifier", 960),
-}
+# The torchvision backbones under S4's classifier
 
 
 class _StridedDepthwise(nn.Conv2d):
@@ -394,22 +368,28 @@ class _StridedDepthwise(nn.Conv2d):
             return super().forward(inputs.float())
 
 
-def _register_backbone(name: str):
-    def build(num_classes: int, image_size: int, dropout: float | None) -> nn.Module:
-        from torchvision.models import get_model
+def _backbone(name: str, head: str, in_features: int, num_classes: int, image_size: int) -> nn.Module:
+    """torchvision's network `name` with random weights and S4's classifier as its child `head`."""
+    from torchvision.models import get_model
 
-        model = get_model(name, weights=None)
-        for module in model.modules():
-            if isinstance(module, nn.Conv2d) and module.groups == module.in_channels and module.stride != (1, 1):
-                module.__class__ = _StridedDepthwise
-        setattr(model, _HEADS[name][0], _head(_HEADS[name][1], num_classes, dropout))
-        return model
-
-    augment = "flip,rotation=10,brightness=0.2,contrast=0.2"
-    recipe = Recipe(epochs=30, batch_size=32, schedule="plateau", augment=augment)
-    spec = InputSpec(224, 3, IMAGENET_MEAN, IMAGENET_STD)
-    register(name, recipe, spec, is_backbone=True, takes_any_size=True, head=_HEADS[name][0])(build)
+    model = get_model(name, weights=None)
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d) and module.groups == module.in_channels and module.stride != (1, 1):
+            module.__class__ = _StridedDepthwise
+    layers = [Dropout(0.5), nn.Linear(in_features, 256), nn.ReLU(), Dropout(0.3), nn.Linear(256, num_classes)]
+    setattr(model, head, nn.Sequential(*layers))
+    return model
 
 
-for _name in _HEADS:
-    _register_backbone(_name)
+_RECIPE = Recipe(epochs=30, batch_size=32, schedule="plateau", augment="flip,rotation=10,brightness=0.2,contrast=0.2")
+_IMAGENET_SPEC = InputSpec(224, 3, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
+
+for _name, _head, _in_features in (
+    ("mobilenet_v2", "classifier", 1280),
+    ("resnet18", "fc", 512),
+    ("efficientnet_b0", "classifier", 1280),
+    ("mobilenet_v3_large", "classifier", 960),
+):
+    register(_name, _RECIPE, input_spec=_IMAGENET_SPEC, is_backbone=True, takes_any_size=True, head=_head)(
+        partial(_backbone, _name, _head, _in_features)
+    )

@@ -1,10 +1,13 @@
 """Metrics from scikit-learn, plots from matplotlib; all of it from labels, log-probabilities and the history."""
 
+import csv
 import json
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
+
+from checkpoints import replace_file
 
 
 def wilson_interval(correct: int, count: int, z: float = 1.96) -> tuple[float, float]:
@@ -41,13 +44,13 @@ def compute_metrics(
     split: str,
     temperature: float = 1.0,
     uncalibrated: np.ndarray | None = None,
-    copies: np.ndarray | None = None,
+    in_train: np.ndarray | None = None,
 ) -> dict:
     """Plain numbers for metrics.json; fractions, not percent. `labels` int64 (N,), `log_probs` float32 (N, classes).
 
     Balanced accuracy and macro F1 are means over the classes that have pictures in the split. `uncalibrated` is what
-    `log_probs` would be without the `temperature`. `copies`, bool (N,), are pictures that stand in train too: where
-    there are any, "without_copies" holds what is left of count and accuracy.
+    `log_probs` would be without the `temperature`. `in_train`, bool (N,), marks images that are also in train: if
+    there are any, "without_duplicates" holds count and accuracy of the others.
     """
     from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 
@@ -61,10 +64,10 @@ def compute_metrics(
         for name, p, r, f, n in zip(class_names, precision, recall, f1, support, strict=True)
     }
     extra = {}
-    if copies is not None and 0 < copies.sum() < len(labels):
-        count, right = int((~copies).sum()), int((preds == labels)[~copies].sum())
+    if in_train is not None and 0 < in_train.sum() < len(labels):
+        count, right = int((~in_train).sum()), int((preds == labels)[~in_train].sum())
         own = {"count": count, "accuracy": right / count, "accuracy_interval": list(wilson_interval(right, count))}
-        extra["without_copies"] = own
+        extra["without_duplicates"] = own
     return {
         "split": split,
         "count": len(labels),
@@ -107,14 +110,15 @@ def format_report(metrics: dict) -> str:
         f"Macro F1: {100 * metrics['macro_f1']:.2f}%   Balanced accuracy: {100 * metrics['balanced_accuracy']:.2f}%   "
         f"Loss: {metrics['loss']:.4f}",
         f"Expected calibration error: {100 * metrics['calibration']['ece']:.2f}%   {_describe_temperature(metrics)}",
-        *_describe_copies(metrics),
+        *_describe_duplicates(metrics),
         "",
         f"{'':{width}}  precision     recall         F1   pictures",
     ]
     for name, row in metrics["per_class"].items():
         shares = "".join(f"{100 * row[key]:10.2f}%" for key in ("precision", "recall", "f1"))
         lines.append(f"{name:{width}}{shares}{row['support']:11,}")
-    return "\n".join(lines) + "\n"
+    warning = one_class_warning(metrics)
+    return "\n".join([*lines, *([warning] if warning else [])]) + "\n"
 
 
 def _describe_temperature(metrics: dict) -> str:
@@ -123,25 +127,45 @@ def _describe_temperature(metrics: dict) -> str:
     return f"without the temperature of {metrics['temperature']:.2f}: {100 * metrics['uncalibrated']['ece']:.2f}%"
 
 
-def _describe_copies(metrics: dict) -> list[str]:
-    if "without_copies" not in metrics:
+def _describe_duplicates(metrics: dict) -> list[str]:
+    if "without_duplicates" not in metrics:
         return []
-    own = metrics["without_copies"]
+    own = metrics["without_duplicates"]
     low, high = own["accuracy_interval"]
     return [
-        f"Without the {metrics['count'] - own['count']:,} pictures that stand in train/ too: "
+        f"Without the {metrics['count'] - own['count']:,} images that are also in train/: "
         f"{100 * own['accuracy']:.2f}% of {own['count']:,} (95% interval {100 * low:.2f} to {100 * high:.2f})"
     ]
 
 
-def result_files(metrics: dict) -> dict[str, Callable[[Path], object]]:
-    """The files that measuring makes: name to a function that writes it to a path."""
-    return {
-        "metrics.json": lambda path: path.write_text(json.dumps(metrics, indent=1), encoding="utf-8"),
-        "classification_report.txt": lambda path: path.write_text(format_report(metrics), encoding="utf-8"),
-        "confusion_matrix.png": lambda path: plot_confusion_matrix(metrics, path),
-        "reliability.png": lambda path: plot_reliability(metrics, path),
-    }
+METRICS_FILES = ("metrics.json", "classification_report.txt", "confusion_matrix.png", "reliability.png")
+HISTORY_NAME = "training_history.csv"
+HISTORY_FILES = (HISTORY_NAME, "training_history.png")
+
+
+def write_report(metrics: dict, output_dir: Path, history: list[dict] | None = None, *, title: str = "") -> list[str]:
+    """Writes METRICS_FILES, with a training `history` also HISTORY_FILES, and returns their names."""
+    writers = [
+        lambda path: path.write_text(json.dumps(metrics, indent=1), encoding="utf-8"),
+        lambda path: path.write_text(format_report(metrics), encoding="utf-8"),
+        lambda path: plot_confusion_matrix(metrics, path),
+        lambda path: plot_reliability(metrics, path),
+    ]
+    files = dict(zip(METRICS_FILES, writers, strict=True))
+    if history:
+        plot = partial(plot_history, history, title=title)
+        files |= dict(zip(HISTORY_FILES, (partial(write_history, history), plot), strict=True))
+    for name, write in files.items():
+        replace_file(output_dir / name, write)
+    return list(files)
+
+
+def write_history(history: list[dict], path: Path) -> None:
+    """One row per epoch, as CSV."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, fieldnames=list(history[0]))
+        writer.writeheader()
+        writer.writerows(history)
 
 
 def _plain(text: str) -> str:

@@ -106,10 +106,11 @@ class Batches:
             yield images, self.labels[order[start:stop]]
 
 
-def draw_order(labels: torch.Tensor, *, balanced: bool, generator: torch.Generator | None) -> torch.Tensor:
-    """Positions for one epoch: a permutation, or with `balanced` draws that give every class the same chance."""
-    labels = labels.cpu()
-    if not balanced:
+def draw_order(labels: torch.Tensor, sampler: str, *, seed: int) -> torch.Tensor:
+    """Positions int64 (N,) for one epoch: a permutation ("shuffle"), or draws that give every class the same chance
+    ("balanced"). `labels` int64 (N,)."""
+    labels, generator = labels.cpu(), torch.Generator().manual_seed(seed)
+    if sampler == "shuffle":
         return torch.randperm(len(labels), generator=generator)
     counts = torch.bincount(labels).float()
     return torch.multinomial(1 / counts[labels], len(labels), replacement=True, generator=generator)

@@ -1,418 +1,364 @@
-"""Trains a facial-emotion network on a folder of pictures sorted by emotion.
+"""Trains a facial-emotion model on a folder of images sorted by emotion.
 
     python train_emotion_cnn.py                                         # train/ and test/ of the current folder
     python train_emotion_cnn.py --data-dir DIR --arch cnn4_bn --epochs 20
-    python train_emotion_cnn.py --resume                                # go on where a stopped run was
+    python train_emotion_cnn.py --resume                                # go on with a run that was stopped
+    torchrun --standalone --nproc-per-node 4 train_emotion_cnn.py ...   # one process per GPU
 
-Writes to --output-dir: best_emotion_model.pth (the best epoch on validation; what deploys), final_emotion_model.pth
-(the last epoch; what resumes), training_history.csv, training_history.png, confusion_matrix.png, reliability.png,
+Writes to --output-dir: best_emotion_model.pth (the best epoch on validation, for inference), final_emotion_model.pth
+(the last epoch, for resuming), training_history.csv, training_history.png, confusion_matrix.png, reliability.png,
 classification_report.txt and metrics.json.
 """
 
 import argparse
-import math
+import contextlib
 import os
 import sys
 import time
-from dataclasses import asdict
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import torch
+from torch import nn
 
 import reports
-from checkpoints import BEST_NAME, FINAL_NAME, PATHS, build_model, read_checkpoint, replace_file, save_checkpoint
-from console import ArgumentParser, make_output_dir, run_script
+from checkpoints import (
+    BEST_NAME,
+    FINAL_NAME,
+    PREVIOUS_NAME,
+    build_model,
+    read_checkpoint,
+    save_checkpoint,
+    without_folders,
+)
+from console import ArgumentParser, make_output_dir, number, run_script
 from data import SAMPLE_SET
-from device import PRECISIONS, limit_threads, memory_format, pick_device
-from engine.augment import parse_augment
-from engine.distributed import Group, is_loss_of_others, join, leave, when_terminated
-from engine.loop import fit_temperature, to_log_probs
-from engine.optim import OPTIMIZERS, SCHEDULES
-from engine.resume import FREE_ON_RESUME, HISTORY_NAME, Run, write_history
+from device import PRECISIONS, memory_format, pick_device, pick_precision
+from engine import distributed, resume
+from engine.augment import augment, parse_augment
+from engine.distributed import ProcessGroup
+from engine.evaluation import evaluate, fit_temperature, loss_and_accuracy, measure
+from engine.loop import TrainStep, check_finite, make_class_weights, seed_for, train_one_epoch
+from engine.optim import OPTIMIZERS, SCHEDULES, Ema, make_optimizer, make_scheduler
+from engine.pretrained import freeze, load_imagenet_weights, load_initial_weights, load_teacher
+from engine.settings import Settings
 from errors import InputError, printable
-from models import count_parameters, get_arch, input_spec_for, list_archs
-from splits import load_splits
+from models import count_parameters, create_model, device_of, get_arch, input_spec_for, list_archs
+from splits import Splits, batch_bounds, draw_order, load_splits
 
 DEFAULT_ARCH = "seresnet13"
 
 
-def _number(kind, low: float, high: float = math.inf, *, below: bool = False):
-    """An argparse type: a finite number from `low` to `high`, or with `below` only up to it."""
-
-    def parse(text: str):
-        value = kind(text)
-        if not (low <= value <= high and math.isfinite(value)) or (below and value == high):
-            end = "" if high == math.inf else f" and {'below' if below else 'at most'} {high:g}"
-            raise argparse.ArgumentTypeError(f"must be at least {low:g}{end}, not {text}")
-        return value
-
-    parse.__name__ = "whole number" if kind is int else "number"  # what argparse calls it in its message
-    return parse
-
-
-_COUNT, _SHARE = _number(int, 0), _number(float, 0, 1, below=True)
-BY_ARCH = "by arch"  # the default is the recipe's
-FLAGS = {  # group: (flag, default, argparse's options, help)
-    "data": [
-        ("--data-dir", ".", {"metavar": "DIR"}, "holds train/ and, where there are, val/ and test/"),
-        ("--val-fraction", 0.1, {"type": _number(float, 0.01, 0.9)}, "of train/ that validates where there is no val/"),
-        ("--cache-dir", None, {"metavar": "DIR"}, "for decoded pictures; else the user's cache folder"),
-        ("--strict", False, {"action": "store_true"}, "stop at a picture that can't be read; else it is left out"),
-        (
-            "--augment",
-            BY_ARCH,
-            {},
-            "none, light, medium, strong, or strengths such as flip,rotation=10,translate=0.1,"
-            "scale=0.1,brightness=0.2,contrast=0.2,crop=0.8,window=0.83,erase=0.25",
-        ),
-        ("--class-weights", BY_ARCH, {"choices": ("none", "balanced", "sqrt")}, "count rare classes more in the loss"),
-        ("--sampler", "shuffle", {"choices": ("shuffle", "balanced")}, "balanced draws every class equally often"),
-    ],
-    "network": [
-        ("--arch", DEFAULT_ARCH, {}, f"one of {', '.join(list_archs())}"),
-        ("--image-size", BY_ARCH, {"type": _number(int, 32, 1024), "metavar": "PIXELS"}, "side of the network's input"),
-        (
-            "--pretrained",
-            None,
-            {"action": argparse.BooleanOptionalAction},
-            "start from ImageNet weights; torchvision backbones do, unless --weights is given",
-        ),
-        ("--weights", None, {"metavar": "PATH"}, "start from a checkpoint or a state_dict file"),
-        (
-            "--freeze",
-            None,
-            {"metavar": "STAGE"},
-            "freeze a backbone up to and with this stage; all leaves the head to learn",
-        ),
-        ("--dropout", BY_ARCH, {"type": _SHARE}, "of the classifier head, each of its dropouts"),
-    ],
-    "optimisation": [
-        ("--epochs", BY_ARCH, {"type": _number(int, 1)}, "how often every training picture is seen"),
-        ("--batch-size", BY_ARCH, {"type": _number(int, 2)}, "pictures per optimiser step"),
-        ("--optimizer", BY_ARCH, {"choices": OPTIMIZERS}, ""),
-        ("--lr", BY_ARCH, {"type": _number(float, 1e-9)}, "learning rate; of onecycle the peak"),
-        ("--weight-decay", BY_ARCH, {"type": _number(float, 0)}, "L2 penalty of adam and sgd; of adamw decoupled"),
-        ("--schedule", BY_ARCH, {"choices": SCHEDULES}, "of the learning rate"),
-        ("--label-smoothing", BY_ARCH, {"type": _SHARE}, "share of the target spread over all classes"),
-        (
-            "--mixup",
-            BY_ARCH,
-            {"type": _number(float, 0), "metavar": "ALPHA"},
-            "blend pairs of pictures and their labels, 0.2 say; 0 is off",
-        ),
-        (
-            "--teacher",
-            None,
-            {"nargs": "+", "action": "extend", "metavar": "PATH"},
-            "learn from the answers of these checkpoints too",
-        ),
-        (
-            "--grad-accum",
-            1,
-            {"type": _number(int, 1), "metavar": "N"},
-            "split each batch into N passes: less memory, and the same step but for batch-norm and dropout",
-        ),
-        ("--clip-grad", 0.0, {"type": _number(float, 0), "metavar": "NORM"}, "clip the gradient's norm; 0 is off"),
-        ("--ema", BY_ARCH, {"type": _SHARE, "metavar": "DECAY"}, "average the weights, 0.999 say; 0 is off"),
-        (
-            "--early-stopping",
-            0,
-            {"type": _COUNT, "metavar": "EPOCHS"},
-            "stop after so many without a better validation accuracy; 0 is off",
-        ),
-    ],
-    "run": [
-        ("--output-dir", ".", {"metavar": "DIR"}, "where everything is written"),
-        (
-            "--resume",
-            None,
-            {"nargs": "?", "const": "", "metavar": "PATH"},
-            f"go on from PATH, or from {FINAL_NAME} in --output-dir; it brings its own flags",
-        ),
-        ("--seed", 0, {"type": _number(int, 0, 2**31 - 1)}, "of everything random"),
-        ("--device", "auto", {}, "auto, cpu, cuda, cuda:1, mps"),
-        (
-            "--precision",
-            "auto",
-            {"choices": PRECISIONS},
-            "of training; auto is bf16 where the hardware has it, else fp32",
-        ),
-        (
-            "--deterministic",
-            False,
-            {"action": "store_true"},
-            "take torch's deterministic algorithms on CUDA, more slowly; on the CPU it is so anyway",
-        ),
-        ("--tensorboard", None, {"metavar": "DIR"}, "also log to DIR, where tensorboard is installed"),
-    ],
-}
-DEFAULTS = {flag[2:].replace("-", "_"): default for rows in FLAGS.values() for flag, default, _, _ in rows}
-
-
 def get_args_parser() -> ArgumentParser:
-    """Flags that are not given stay out of the result, so that a recipe or a resumed run can supply them."""
-    parser = ArgumentParser(
-        description=__doc__.partition("\n")[0],
-        epilog=f"Where the default is {BY_ARCH!r}, it is the recipe of the network; the README has a table of them.",
-        argument_default=argparse.SUPPRESS,
+    parser = ArgumentParser(description=__doc__.partition("\n")[0])
+    count, share, at_least_0 = number(int, 1), number(float, 0, 1, below=True), number(float, 0)
+    switch = argparse.BooleanOptionalAction
+
+    add = parser.add_argument_group("data").add_argument
+    add("--data-dir", default=".", metavar="DIR", help="holds train/, and val/ and test/ if there are any")
+    add(
+        "--val-fraction", default=0.1, type=number(float, 0.01, 0.9), help="share of train/ to validate on without val/"
     )
-    for title, rows in FLAGS.items():
-        group = parser.add_argument_group(title)
-        for flag, default, options, text in rows:
-            shown = "" if default is None or default is False else f"(default: {default})"
-            group.add_argument(flag, **options, help=f"{text} {shown}".strip())
+    add("--cache-dir", metavar="DIR", help="for decoded images (default: the user's cache folder)")
+    add("--strict", action="store_true", help="stop at an image that can't be read, instead of leaving it out")
+    add(
+        "--sampler", default="shuffle", choices=("shuffle", "balanced"), help="balanced draws all classes equally often"
+    )
+
+    add = parser.add_argument_group("model").add_argument
+    add("--arch", default=DEFAULT_ARCH, help=f"one of {', '.join(list_archs())}")
+    add("--image-size", type=number(int, 32, 1024), metavar="PIXELS", help="side of the input (default: the arch's)")
+    add("--pretrained", action=switch, help="start from ImageNet weights (default: backbones without --weights do)")
+    add("--weights", metavar="PATH", help="start from a checkpoint or a state_dict file")
+    add("--freeze", metavar="STAGE", help="freeze a backbone up to this stage; all: train the head only")
+    add("--dropout", type=share, help="of each dropout in the classifier (default: the arch's)")
+
+    add = parser.add_argument_group("recipe", "The defaults are the recipe of the arch.").add_argument
+    add("--epochs", type=count, help="passes over the training images")
+    add("--batch-size", type=number(int, 2), help="images per optimizer step, of all processes")
+    add(
+        "--augment",
+        help="none, light, medium, strong, or strengths: flip,rotation=10,translate=0.1,scale=0.1,"
+        "brightness=0.2,contrast=0.2,crop=0.8,window=0.83,erase=0.25",
+    )
+    add("--optimizer", choices=OPTIMIZERS, help="sgd has Nesterov momentum 0.9")
+    add("--lr", type=number(float, 1e-9), help="learning rate; of onecycle the peak")
+    add("--weight-decay", type=at_least_0, help="L2 penalty of adam and sgd; decoupled for adamw")
+    add("--schedule", choices=SCHEDULES, help="of the learning rate")
+    add("--class-weights", choices=("none", "balanced", "sqrt"), help="weigh rare classes more in the loss")
+    add("--label-smoothing", type=share, help="share of the target spread over all classes")
+    add("--mixup", type=at_least_0, metavar="ALPHA", help="blend pairs of images and labels, such as 0.2; 0 is off")
+    add("--ema", type=share, metavar="DECAY", help="average the weights, such as 0.999; 0 is off")
+
+    add = parser.add_argument_group("training").add_argument
+    add("--teacher", nargs="+", metavar="PATH", help="learn from the probabilities of these checkpoints too")
+    add("--grad-accum", default=1, type=count, metavar="N", help="split each batch into N passes, to save memory")
+    add("--clip-grad", default=0.0, type=at_least_0, metavar="NORM", help="clip the gradient's norm; 0 is off")
+    add(
+        "--early-stopping",
+        default=0,
+        type=number(int, 0),
+        metavar="EPOCHS",
+        help="stop after as many epochs without a better validation accuracy; 0 is off",
+    )
+
+    add = parser.add_argument_group("run").add_argument
+    add("--output-dir", default=".", metavar="DIR", help="where everything is written")
+    add(
+        "--resume",
+        nargs="?",
+        const="",
+        metavar="PATH",
+        help=f"go on from PATH, with the flags it was started with (without PATH: {FINAL_NAME} in --output-dir)",
+    )
+    add("--seed", default=0, type=number(int, 0, 2**31 - 1), help="of everything random")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+    add(
+        "--precision",
+        default="auto",
+        choices=PRECISIONS,
+        help="auto is bf16 if the hardware multiplies in it, else fp32",
+    )
+    add("--deterministic", action="store_true", help="use torch's deterministic algorithms on CUDA; slower")
+    add("--tensorboard", metavar="DIR", help="also log to DIR, if tensorboard is installed")
     return parser
 
 
-# Settings
+def parse_settings(argv: list[str] | None) -> tuple[Settings, dict | None]:
+    """The settings of the run, and with --resume the checkpoint to go on from.
 
-
-def resume_path(settings: dict) -> Path:
-    """The file that --resume names; bare, it is the final checkpoint in --output-dir."""
-    return Path(settings["resume"] or Path(settings["output_dir"]) / FINAL_NAME)
-
-
-def settle(given: dict) -> tuple[dict, dict | None]:
-    """Flags that were given -> all settings, and the checkpoint to resume where --resume was among them.
-
-    Raises InputError for flags that contradict each other or the resumed run.
+    The flags are parsed twice: what the first pass finds in --arch or --resume supplies the defaults of the second.
     """
-    if "resume" in given:
-        return settle_resumed(given, resume_path({**DEFAULTS, **given}))
-    arch = get_arch(given.get("arch", DEFAULT_ARCH))
-    by_arch = {**asdict(arch.recipe), "image_size": arch.input_spec.image_size, "dropout": None}
-    settings = {**DEFAULTS, **by_arch, **given}
-    if settings["pretrained"] is None:
-        settings["pretrained"] = arch.is_backbone and settings["weights"] is None
-    if settings["pretrained"] and settings["weights"]:
-        raise InputError("--pretrained and --weights both say where to start from; give one")
-    for flag, paths in (("--weights", [settings["weights"]]), ("--teacher", settings["teacher"] or ())):
-        for path in paths:
-            if path is not None and not os.path.exists(path):
-                raise InputError(f"{flag}: no file {path!r}")
-    if arch.is_backbone and settings["freeze"] and not (settings["pretrained"] or settings["weights"]):
-        raise InputError("--freeze keeps what was learnt, and with --no-pretrained nothing was; leave one out")
-    strengths = parse_augment(settings["augment"])  # a mistake in it should show before the pictures are read
-    if strengths.window < 1 and not arch.takes_any_size:
-        raise InputError(f"--augment: {arch.name} takes pictures of one size only; leave window out, or use crop")
-    return settings, None
-
-
-def settle_resumed(given: dict, path: Path) -> tuple[dict, dict]:
-    """The settings of the run in `path` with what may be changed, and its checkpoint."""
-    if not os.path.exists(path):
-        raise InputError(f"--resume: no {path}; a run can be resumed once its first epoch has ended")
-    checkpoint = read_checkpoint(path)
-    if "optimizer" not in checkpoint:
-        raise InputError(f"--resume: {path} can't be resumed; pass the {FINAL_NAME} that stands beside it")
-    kept = {name: value for name, value in checkpoint["config"].items() if name in DEFAULTS}
-    config = {**DEFAULTS, **kept, "output_dir": str(path.parent)}
-    for name, value in given.items():
-        if name in FREE_ON_RESUME:
-            continue
-        value = _absolute(value) if name in PATHS else value
-        if value != config[name]:
-            flag = "--" + name.replace("_", "-")
-            raise InputError(f"--resume: {flag} {value} contradicts the run in {path}, which has {config[name]}")
-    epochs = given.get("epochs", config["epochs"])
-    if epochs != config["epochs"] and config["schedule"] in ("cosine", "onecycle"):
-        raise InputError(
-            f"--resume: the {config['schedule']} schedule of this run ends after {config['epochs']} epochs; "
-            "--epochs can't be changed"
-        )
-    if epochs < checkpoint["epoch"]:
-        raise InputError(f"--resume: --epochs {epochs} is less than the {checkpoint['epoch']} epochs that are done")
-    return {**config, **given}, checkpoint
-
-
-def _absolute(path: str | list[str] | None) -> str | list[str] | None:
-    return [_absolute(each) for each in path] if isinstance(path, list) else path and os.path.abspath(path)
-
-
-def to_config(settings: dict) -> dict:
-    """What the checkpoint keeps of the settings, so that a resumed run brings them back; paths are made absolute."""
-    config = {name: value for name, value in settings.items() if name not in ("output_dir", "resume")}
-    for name in PATHS:
-        config[name] = _absolute(config[name])
-    return config
-
-
-# The run
-
-
-def report(run: Run) -> None:
-    """Fits the best checkpoint's temperature on validation, measures it, writes report and plots.
-
-    It is measured on test or, where there is none, on validation.
-    """
-    path, splits = run.output_dir / BEST_NAME, run.splits
-    checkpoint = read_checkpoint(path)
-    model = build_model(checkpoint, path).to(run.device, memory_format=memory_format(run.device))
-    temperature = fit_temperature(*run.measure(model, splits.val))
-    split = "test" if splits.test else "val"
-    logits, labels = run.measure(model, splits.test or splits.val)
-    metrics = reports.compute_metrics(
-        labels.numpy(),
-        to_log_probs(logits, temperature).numpy(),
-        splits.class_names,
-        split=split,
-        temperature=temperature,
-        uncalibrated=to_log_probs(logits).numpy(),
-        copies=splits.copies[split],
-    )
-    selected = {name: value for name, value in checkpoint["metrics"].items() if not name.startswith("test_")}
-    metrics |= {"arch": model.arch, "epoch": checkpoint["epoch"], "val": selected}
-    tested = {f"test_{name}": metrics[name] for name in ("accuracy", "macro_f1", "count") if split == "test"}
-    measured = checkpoint | {"temperature": temperature, "metrics": selected | tested}
-    if measured != checkpoint:
-        save_checkpoint(measured, path)
-    files = reports.result_files(metrics)
-    title = f"{model.arch} on {splits.trained_on}"
-    files[HISTORY_NAME] = lambda path: write_history(run.history, path)
-    files["training_history.png"] = lambda path: reports.plot_history(run.history, path, title=title)
-    for name, write in files.items():
-        replace_file(run.output_dir / name, write)
-    if split == "val":
-        print("\nThere is no test/: this report is on validation, which also chose epoch and temperature.")
-    print(f"\nBest epoch: {checkpoint['epoch']} of {run.epoch}\n{reports.format_report(metrics)}")
-    warning = reports.one_class_warning(metrics)
-    if warning:
-        print(warning)
-    written = ", ".join((BEST_NAME, FINAL_NAME, *files))
-    print(f"In {printable(run.output_dir.resolve())}: {written}")
-    photo = "" if splits.trained_on == SAMPLE_SET else "photo.jpg "
-    print(f'Next: python predict_emotion.py {photo}--checkpoint "{printable(path)}"')
-
-
-def make_writer(folder: str | None):
-    """A TensorBoard writer, or None without --tensorboard; InputError where tensorboard isn't installed."""
-    if folder is None:
-        return None
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise InputError("--tensorboard needs a package that isn't there: pip install tensorboard") from None
-    return SummaryWriter(make_output_dir(folder, "--tensorboard"))
-
-
-def log_scalars(writer, row: dict) -> None:
-    for tag, name in (("Loss", "loss"), ("Accuracy", "acc")):
-        for split in ("train", "val"):
-            writer.add_scalar(f"{tag}/{split}", row[f"{split}_{name}"], row["epoch"])
-    writer.add_scalar("lr", row["lr"], row["epoch"])
-
-
-def format_row(row: dict, run: Run) -> str:
-    mark = "  best" if run.best["epoch"] == row["epoch"] else ""
-    return (
-        f"epoch {row['epoch']}/{run.settings['epochs']}"
-        f"  train loss {row['train_loss']:.4f}, {100 * row['train_acc']:.2f}%"
-        f"  val loss {row['val_loss']:.4f}, {100 * row['val_acc']:.2f}%  lr {row['lr']:.2g}"
-        f"  {row['images_per_s']:,.0f} img/s  {row['seconds']:.1f} s{mark}"
-    )
-
-
-def train(run: Run, writer, say) -> None:
-    while not run.is_finished:
-        row = run.train_epoch()
-        say(format_row(row, run), flush=True)
-        if writer:
-            log_scalars(writer, row)
-
-
-def say_how_to_resume(run: Run | None, why: str = "stopped") -> None:
-    hint = "no epoch had ended, so there is nothing to resume"
-    if run and not run.history and run.earlier_results():
-        hint += f"; what {printable(run.output_dir)} held before is as it was"
-    if run and run.saved_epoch:
-        launch = "python" if run.group.size == 1 else f"torchrun --standalone --nproc-per-node {run.group.size}"
-        hint = f'go on with: {launch} train_emotion_cnn.py --resume "{printable(run.output_dir / FINAL_NAME)}"'
-    print(f"\n{why}; {hint}", file=sys.stderr, flush=True)
-
-
-def _threads() -> str:
-    return f"{torch.get_num_threads()} CPU thread{'s' * (torch.get_num_threads() > 1)}"
-
-
-def describe(run: Run) -> str:
-    splits = run.splits
-    test = f"{len(splits.test):,} to test" if splits.test else "none to test"
-    lines = [
-        *splits.notes,
-        *run.notes,
-        *run.earlier_results(),
-        f"{len(splits.train):,} pictures to train, {len(splits.val):,} to validate ({splits.where_val}), {test}",
-        f"{len(splits.class_names)} classes: {', '.join(splits.class_names)}",
-        f"{run.model.arch}: {count_parameters(run.model):,} parameters, "
-        f"{str(run.step.precision).removeprefix('torch.')} on {run.device}, {_threads()}",
-    ]
-    if run.group.size > 1:
-        lines[-1] += f", {run.group.size} processes"
-    return "\n".join(lines)
-
-
-def load(settings: dict, group: Group, device: torch.device):
-    """The pictures; the first process of each machine fills the cache for its others."""
-    if group.is_main:
-        make_output_dir(settings["output_dir"])
-    spec = input_spec_for(settings["arch"], settings["image_size"])
-    options = {name: settings[name] for name in ("val_fraction", "seed", "cache_dir", "strict")}
-    return load_splits(settings["data_dir"], spec, device, **options)
-
-
-def run_training(run: Run, resumed: dict | None) -> None:
-    say = print if run.group.is_main else lambda *_, **__: None
-    say(describe(run), flush=True)
-    if resumed:
-        run.restore(resumed, resume_path(run.settings))
-        what = f"seed {run.settings['seed']}, {run.settings['epochs']} epochs"
-        say(
-            f"this run ({what}) is finished; its reports follow"
-            if run.is_finished
-            else f"resumed after epoch {run.epoch} ({what})"
-        )
-    if run.group.is_main:
-        run.remove_left_overs()
-    writer = make_writer(run.settings["tensorboard"]) if run.group.is_main else None
-    try:
-        train(run, writer, say)
-        if run.group.is_main:
-            report(run)
-    except KeyboardInterrupt:
-        if run.group.is_main:
-            say_how_to_resume(run)
-        raise
-    finally:
-        if writer:
-            writer.close()
+    parser = get_args_parser()
+    args = parser.parse_args(argv)
+    if args.resume is None:
+        arch = get_arch(args.arch)
+        pretrained = arch.is_backbone and args.weights is None
+        parser.set_defaults(**asdict(arch.recipe), image_size=arch.input_spec.image_size, pretrained=pretrained)
+        settings = Settings(**vars(parser.parse_args(argv)))
+        settings.check()
+        return settings, None
+    path = Path(args.resume or os.path.join(args.output_dir, FINAL_NAME))
+    checkpoint = resume.read_resumable(path)
+    saved = {name: value for name, value in checkpoint["config"].items() if hasattr(args, name)}
+    parser.set_defaults(**saved, output_dir=str(path.parent))
+    settings = replace(Settings(**vars(parser.parse_args(argv))), resume=str(path))
+    resume.check_unchanged(settings, checkpoint)
+    return settings, checkpoint
 
 
 def main(argv: list[str] | None = None) -> None:
-    given = vars(get_args_parser().parse_args(argv))
-    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0 and "resume" not in given:
-        raise InputError("torchrun's restart would train anew over the last checkpoint; pass --resume, or 0 restarts")
-    group, device = join(pick_device(given.get("device", "auto")))
-    run = None
+    settings, checkpoint = parse_settings(argv)
+    group, device = distributed.init(pick_device(settings.device))
+    say = partial(print, flush=True) if group.is_main else lambda *_: None
+    output_dir = make_output_dir(settings.output_dir)
+    seed_torch(settings)
 
-    def say_the_end(why: str = "") -> None:
-        if group.is_lowest_alive():
-            say_how_to_resume(run, f"another process of this run has ended{why}")
+    with group.main_first():  # the first process fills the cache of decoded images
+        splits = load_data(settings, device)
+    check_group(settings, splits, group)
+    model = make_model(settings, splits, device)
+    step = make_step(settings, splits, model, group)
+    progress = resume.restore(checkpoint, settings, step, splits) if checkpoint else resume.Progress()
+    if checkpoint and group.is_main:
+        resume.copy_run(Path(settings.resume), output_dir)
+    say(describe(settings, splits, step, progress))
 
-    if group.size > 1:
-        limit_threads(group.local_size)
-        when_terminated(say_the_end)
+    with resume_hint(output_dir, progress, group), tensorboard_log(settings.tensorboard, group) as log:
+        for epoch in range(progress.epoch + 1, settings.epochs + 1):
+            if progress.is_stalled(settings.early_stopping):
+                break
+            start, lr, title = time.perf_counter(), step.lr, f"epoch {epoch}/{settings.epochs}"
+            step.seed(settings.seed, epoch)
+            order = draw_order(splits.train.labels, settings.sampler, seed=seed_for("order", settings.seed, epoch))
+            train = train_one_epoch(step, splits.train, order, batch_size=settings.batch_size, title=title)
+
+            logits, labels = evaluate(step.eval_model, splits.val, batch_size=settings.eval_batch_size, group=group)
+            val_loss, val_acc = loss_and_accuracy(logits, labels)
+            check_finite(val_loss, title, lr)  # no training loss has seen the last update
+            if settings.schedule == "plateau":
+                step.scheduler.step(val_loss)
+
+            row = {"epoch": epoch, "lr": lr, "train_loss": train["loss"], "train_acc": train["acc"]}
+            row |= {"val_loss": val_loss, "val_acc": val_acc, "images_per_s": train["images_per_s"]}
+            row |= {"seconds": time.perf_counter() - start}
+            is_best = progress.add(row)
+            if group.is_main:
+                resume.save(output_dir, step, progress, settings, splits.split_hash, is_best=is_best)
+            say(format_row(row, title, is_best))
+            log(row)
+
+        if group.is_main:  # the report: the best epoch, calibrated on validation, measured once on test
+            checkpoint = read_checkpoint(output_dir / BEST_NAME)
+            model = build_model(checkpoint, output_dir / BEST_NAME).to(device, memory_format=memory_format(device))
+            temperature = fit_temperature(*evaluate(model, splits.val, batch_size=settings.eval_batch_size))
+            model.info = replace(model.info, temperature=temperature)
+            split, batches = ("test", splits.test) if splits.test else ("val", splits.val)
+            metrics = measure(
+                model, batches, split=split, batch_size=settings.eval_batch_size, in_train=splits.in_train
+            )
+            finish(output_dir, checkpoint, metrics, progress, splits)
+    distributed.shutdown()
+
+
+def seed_torch(settings: Settings) -> None:
+    torch.manual_seed(settings.seed)
+    # cuDNN tries which convolutions are fastest, since every batch has the same shape; its choice may vary
+    torch.backends.cudnn.benchmark = not settings.deterministic
+    if settings.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)  # torch names what it has no such algorithm for
+
+
+def load_data(settings: Settings, device: torch.device) -> Splits:
+    return load_splits(
+        settings.data_dir,
+        input_spec_for(settings.arch, settings.image_size),
+        device,
+        val_fraction=settings.val_fraction,
+        seed=settings.seed,
+        cache_dir=settings.cache_dir,
+        strict=settings.strict,
+    )
+
+
+def check_group(settings: Settings, splits: Splits, group: ProcessGroup) -> None:
+    """Raises InputError if there is too little for every process, or if they were given different things."""
+    if min(settings.batch_size, len(splits.train)) < 2 * group.world_size:
+        raise InputError(
+            f"--batch-size {settings.batch_size} of {len(splits.train)} images to train on is too few for "
+            f"{group.world_size} processes: each needs two per step"
+        )
+    group.check_same((splits.split_hash, splits.class_names), "images to train on")
+    group.check_same(without_folders(settings.to_config()), "flags")
+
+
+def make_model(settings: Settings, splits: Splits, device: torch.device) -> nn.Module:
+    """The model to train, with its starting weights; what --weights loaded goes to the notes of `splits`."""
+    model = create_model(
+        settings.arch, len(splits.class_names), image_size=settings.image_size, dropout=settings.dropout
+    )
+    model.info = replace(
+        model.info, class_names=splits.class_names, input_spec=splits.spec, trained_on=splits.trained_on
+    )
+    if settings.resume is None and settings.pretrained:
+        load_imagenet_weights(model)
+    if settings.resume is None and settings.weights:
+        splits.notes.append(load_initial_weights(model, settings.weights))
+    if settings.freeze:
+        freeze(model, settings.freeze)
+    return model.to(device, memory_format=memory_format(device))
+
+
+def make_step(settings: Settings, splits: Splits, model: nn.Module, group: ProcessGroup) -> TrainStep:
+    optimizer = make_optimizer(settings.optimizer, model, lr=settings.lr, weight_decay=settings.weight_decay)
+    total_steps = settings.epochs * len(batch_bounds(len(splits.train), settings.batch_size))
+    strengths = parse_augment(settings.augment)
+    class_counts = splits.train.class_counts(len(splits.class_names))
+    return TrainStep(
+        model,
+        optimizer,
+        partial(augment, spec=splits.spec, strengths=strengths),
+        precision=pick_precision(settings.precision, device_of(model)),
+        scheduler=make_scheduler(settings.schedule, optimizer, total_steps=total_steps),
+        class_weights=make_class_weights(settings.class_weights, class_counts),
+        label_smoothing=settings.label_smoothing,
+        mixup=settings.mixup,
+        teachers=[load_teacher(path, model, any_size=strengths.window < 1) for path in settings.teacher or ()],
+        grad_accum=settings.grad_accum,
+        clip_grad=settings.clip_grad,
+        ema=Ema(model, settings.ema) if settings.ema else None,
+        group=group,
+    )
+
+
+def describe(settings: Settings, splits: Splits, step: TrainStep, progress: resume.Progress) -> str:
+    """What is trained on what, line by line."""
+    lines, best_path = list(splits.notes), Path(settings.output_dir, BEST_NAME)
+    if progress.epoch == 0 and best_path.exists():
+        lines.append(f"the earlier {printable(best_path)} will be kept as {PREVIOUS_NAME}")
+    test = f"{len(splits.test):,} to test" if splits.test else "none to test"
+    threads, world_size = torch.get_num_threads(), step.group.world_size
+    precision = str(step.precision).removeprefix("torch.")
+    lines += [
+        f"{len(splits.train):,} images to train, {len(splits.val):,} to validate ({splits.val_source}), {test}",
+        f"{len(splits.class_names)} classes: {', '.join(splits.class_names)}",
+        f"{settings.arch}: {count_parameters(step.model):,} parameters, {precision} on {step.device}, {threads} CPU "
+        f"thread{'s' * (threads > 1)}" + (f", {world_size} processes" if world_size > 1 else ""),
+    ]
+    if progress.epoch:
+        run = f"seed {settings.seed}, {settings.epochs} epochs"
+        is_finished = progress.epoch >= settings.epochs or progress.is_stalled(settings.early_stopping)
+        lines.append(
+            f"this run ({run}) is finished; its reports follow"
+            if is_finished
+            else f"resumed after epoch {progress.epoch} ({run})"
+        )
+    return "\n".join(lines)
+
+
+def format_row(row: dict, title: str, is_best: bool) -> str:
+    return (
+        f"{title}  train loss {row['train_loss']:.4f}, {100 * row['train_acc']:.2f}%"
+        f"  val loss {row['val_loss']:.4f}, {100 * row['val_acc']:.2f}%  lr {row['lr']:.2g}"
+        f"  {row['images_per_s']:,.0f} img/s  {row['seconds']:.1f} s{'  best' * is_best}"
+    )
+
+
+@contextlib.contextmanager
+def resume_hint(output_dir: Path, progress: resume.Progress, group: ProcessGroup) -> Iterator[None]:
+    """On Ctrl-C, prints how to go on with the run."""
     try:
-        settings, resumed = group.together(lambda: settle(given))
-        splits = group.together(lambda: load(settings, group, device), one_first=True)
-        run = Run(settings, to_config(settings), splits, device, is_resumed=resumed is not None, group=group)
-        run_training(run, resumed)
-    except Exception as error:
-        if group.size == 1 or not is_loss_of_others(error):
-            raise
-        time.sleep(30)  # torchrun mostly ends this process now, and when_terminated speaks
-        say_the_end(f" ({str(error).strip().partition(chr(10))[0][:200]})")
-        os._exit(1)
-    leave()
+        yield
+    except KeyboardInterrupt:
+        launch = "python" if group.world_size == 1 else f"torchrun --standalone --nproc-per-node {group.world_size}"
+        hint = f'go on with: {launch} train_emotion_cnn.py --resume "{printable(output_dir / FINAL_NAME)}"'
+        if progress.epoch == 0:
+            hint = f"no epoch had ended, so there is nothing to resume; {printable(output_dir)} is as it was"
+        if group.is_main:
+            print(f"\nstopped; {hint}", file=sys.stderr, flush=True)
+        raise
+
+
+@contextlib.contextmanager
+def tensorboard_log(folder: str | None, group: ProcessGroup) -> Iterator[Callable[[dict], None]]:
+    """A function that logs the row of an epoch to the TensorBoard `folder`; without one it does nothing."""
+    if folder is None or not group.is_main:
+        yield lambda row: None
+        return
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise InputError("--tensorboard needs a package that isn't installed: pip install tensorboard") from None
+
+    def log(row: dict) -> None:
+        for tag, name in (("Loss", "loss"), ("Accuracy", "acc")):
+            for split in ("train", "val"):
+                writer.add_scalar(f"{tag}/{split}", row[f"{split}_{name}"], row["epoch"])
+        writer.add_scalar("lr", row["lr"], row["epoch"])
+
+    with SummaryWriter(make_output_dir(folder, "--tensorboard")) as writer:
+        yield log
+
+
+def finish(output_dir: Path, checkpoint: dict, metrics: dict, progress: resume.Progress, splits: Splits) -> None:
+    """Writes temperature and test metrics into the best checkpoint, the report's files, and prints the report."""
+    selected = {name: value for name, value in checkpoint["metrics"].items() if not name.startswith("test_")}
+    measured = {name: metrics[name] for name in ("accuracy", "macro_f1", "count") if splits.test}
+    checkpoint |= {"temperature": metrics["temperature"]}
+    checkpoint |= {"metrics": selected | {f"test_{name}": value for name, value in measured.items()}}
+    save_checkpoint(checkpoint, output_dir / BEST_NAME)
+    metrics |= {"epoch": checkpoint["epoch"], "val": selected}
+    title = f"{checkpoint['arch']} on {splits.trained_on}"
+    files = reports.write_report(metrics, output_dir, progress.history, title=title)
+    if not splits.test:
+        print("\nThere is no test/: this report is on validation, which also chose epoch and temperature.")
+    print(f"\nBest epoch: {checkpoint['epoch']} of {progress.epoch}\n{reports.format_report(metrics)}")
+    print(f"In {printable(output_dir.resolve())}: {', '.join((BEST_NAME, FINAL_NAME, *files))}")
+    photo = "" if splits.trained_on == SAMPLE_SET else "photo.jpg "
+    print(f'Next: python predict_emotion.py {photo}--checkpoint "{printable(output_dir / BEST_NAME)}"')
 
 
 if __name__ == "__main__":

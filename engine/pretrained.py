@@ -6,9 +6,18 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from checkpoints import find_state_dict, is_checkpoint, load_file, match_keys, parse_checkpoint
+from checkpoints import (
+    build_model,
+    find_state_dict,
+    is_checkpoint,
+    load_file,
+    match_keys,
+    parse_checkpoint,
+    read_checkpoint,
+)
+from device import memory_format
 from errors import InputError, reason_of
-from models import get_arch, last_layer_name
+from models import device_of, get_arch, last_layer_name
 
 
 def load_imagenet_weights(model: nn.Module) -> None:
@@ -74,21 +83,40 @@ def load_initial_weights(model: nn.Module, path: str | Path) -> str:
 def _load_matching(model: nn.Module, theirs: dict[str, torch.Tensor], path: str | Path, *, keep_last: bool) -> str:
     """Loads all of `theirs`, except the last layer if `keep_last` is False or its shape differs."""
     own, last = model.state_dict(), last_layer_name(model)
-    replaced = {key: own[key] for key in own if key.startswith(f"{last}.")}
     try:
         state_dict = match_keys(theirs, own)
-        if keep_last:
-            replaced = {key: value for key, value in replaced.items() if value.shape != state_dict[key].shape}
-        model.load_state_dict({**state_dict, **replaced})
-        if not all(value.isfinite().all() for value in model.state_dict().values()):
-            raise InputError(f"--weights {path} is damaged: it holds NaN or infinite values")
+        there, here = (list(weights[f"{last}.weight"].shape) for weights in (state_dict, own))
+        keep_last = keep_last and there == here
+        kept = {} if keep_last else {key: own[key] for key in own if key.startswith(f"{last}.")}
+        model.load_state_dict({**state_dict, **kept})
     except (RuntimeError, KeyError, AttributeError) as error:
         raise InputError(f"--weights {path} doesn't fit --arch {model.info.arch}: {reason_of(error, 300)}") from None
+    if not all(value.isfinite().all() for value in model.state_dict().values()):
+        raise InputError(f"--weights {path} is damaged: it holds NaN or infinite values")
     how = "" if state_dict is theirs else ", in order, since their names are others"
-    if replaced:
-        there, here = (list(weights[last + ".weight"].shape) for weights in (state_dict, own))
+    if not keep_last:
         how = f" but the last layer's{how}: other classes or size, {there} there and {here} here"
     return f"{path}: all weights loaded{how}"
+
+
+def load_teacher(path: str, student: nn.Module, *, any_size: bool) -> nn.Module:
+    """The model of a checkpoint, frozen, on the device of `student`.
+
+    Raises InputError if it has other classes or another input, or with `any_size` if its arch takes one size only.
+    """
+    teacher = build_model(read_checkpoint(path), path)
+    if any_size and not get_arch(teacher.info.arch).takes_any_size:
+        raise InputError(
+            f"--teacher {path}: {teacher.info.arch} takes images of one size only; pass --augment without window"
+        )
+    for name in ("class_names", "input_spec"):
+        its, own = getattr(teacher.info, name), getattr(student.info, name)
+        if its != own:
+            raise InputError(
+                f"--teacher {path}: its {name} must be those of the model that learns; it has {its}, not {own}"
+            )
+    device = device_of(student)
+    return teacher.to(device, memory_format=memory_format(device)).requires_grad_(False)
 
 
 def list_stages(model: nn.Module) -> list[str]:

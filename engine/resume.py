@@ -1,393 +1,178 @@
-"""A training run: all that changes from epoch to epoch, and how it is saved to disk and taken up again."""
+"""Saving a run after every epoch, and taking it up again: `--resume`."""
 
 import contextlib
-import csv
 import hashlib
 import math
 import os
 import shutil
-import time
+from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
-import torch
-from torch import nn
-
-import reports
 from checkpoints import (
     BEST_NAME,
     FINAL_NAME,
-    build_model,
-    load_initial_weights,
+    PREVIOUS_NAME,
     make_checkpoint,
     read_checkpoint,
     replace_file,
     save_checkpoint,
-    to_deployed,
+    without_folders,
 )
-from device import memory_format, pick_precision
-from engine.augment import augment, parse_augment
-from engine.distributed import ALONE, Group
-from engine.loop import TrainStep, evaluate, loss_and_accuracy, seed_for, to_log_probs, train_one_epoch
-from engine.optim import Ema, make_optimizer, make_scheduler
-from engine.pretrained import freeze, load_imagenet_weights, train_mode
-from errors import InputError, printable
-from models import create_model, get_arch
-from preprocessing import to_input
-from splits import Batches, Splits, draw_order
+from engine.loop import TrainStep
+from engine.settings import Settings
+from errors import InputError, reason_of
+from reports import HISTORY_NAME, write_history
+from splits import Splits
 
-HISTORY_NAME = "training_history.csv"
-REPORTS = (HISTORY_NAME, "training_history.png", *reports.result_files({}))
-# Settings that may differ from the resumed run's. data_dir is among them because the pictures themselves are compared;
-# so are the teachers.
-FREE_ON_RESUME = {
-    "epochs",
-    "device",
-    "output_dir",
-    "resume",
-    "data_dir",
-    "cache_dir",
-    "tensorboard",
-    "strict",
-    "teacher",
-}
-PREVIOUS = ".previous.pth"  # in the place of .pth: the checkpoints of the run before in the same folder
-CHECKPOINTS = (BEST_NAME, FINAL_NAME, *(str(Path(name).with_suffix(PREVIOUS)) for name in (BEST_NAME, FINAL_NAME)))
+# Settings that may differ from the resumed run's: they don't change the result, or are compared by content.
+MAY_CHANGE = {"epochs", "device", "output_dir", "resume", "data_dir", "cache_dir", "tensorboard", "strict", "teacher"}
 
 
-def make_class_weights(kind: str, counts: list[int]) -> list[float] | None:
-    """balanced: n / (classes * n_class), as S1 has it; sqrt: its square root, scaled to mean 1 over the pictures."""
-    if kind == "none":
-        return None
-    counts = np.array(counts, dtype=float)
-    if counts.min() == 0:
-        raise InputError("--class-weights needs a picture of every class to train on")
-    weights = counts.sum() / (len(counts) * counts)
-    if kind == "sqrt":
-        weights = np.sqrt(weights)
-        weights *= counts.sum() / (weights * counts).sum()
-    return weights.tolist()
+@dataclass
+class Progress:
+    """How far a run has come: what is saved and restored besides the state of the TrainStep."""
 
+    epoch: int = 0
+    history: list[dict] = field(default_factory=list)  # one row per epoch
+    best: dict = field(default_factory=lambda: {"epoch": 0, "val_acc": -1.0, "val_loss": math.inf})
 
-class Run:
-    """All that changes while training. `settings` are train_emotion_cnn.py's flags, `config` what is saved of them.
-
-    Making one builds the network, with its starting weights unless `is_resumed`; `notes` says what they were. In a
-    `group` of processes every one makes the same run of its own, and rank 0 alone writes.
-    """
-
-    def __init__(
-        self,
-        settings: dict,
-        config: dict,
-        splits: Splits,
-        device: torch.device,
-        *,
-        is_resumed: bool,
-        group: Group = ALONE,
-    ):
-        self.settings, self.config, self.splits, self.device, self.notes = settings, config, splits, device, []
-        self.group = group
-        if settings["batch_size"] < 2 * group.size or len(splits.train) < 2 * group.size:
-            raise InputError(
-                f"--batch-size {settings['batch_size']} of {len(splits.train)} pictures to train on is too few for "
-                f"{group.size} processes: each needs two a step"
-            )
-        group.check_same((splits.split_hash, splits.class_names), "pictures to train on")
-        group.check_same(to_deployed(config), "flags")
-        # cuDNN tries which convolutions are fastest, since every batch has the same shape; its choice may vary
-        torch.backends.cudnn.benchmark = not settings["deterministic"]
-        if settings["deterministic"]:
-            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-            torch.use_deterministic_algorithms(True, warn_only=True)  # torch names what it has no such algorithm for
-        self.output_dir, self.is_resumed = Path(settings["output_dir"]), is_resumed
-        self.model = self._make_model()
-        self.generator = torch.Generator(device)
-        self.step = self._make_step()
-        self.epoch, self.saved_epoch, self.history, self.since_best = 0, 0, [], 0
-        self.best = {"val_acc": -1.0, "val_loss": math.inf, "epoch": 0}
-
-    def _make_model(self) -> nn.Module:
-        settings, spec = self.settings, self.splits.spec
-        torch.manual_seed(settings["seed"])
-        model = create_model(
-            settings["arch"],
-            len(self.splits.class_names),
-            image_size=spec.image_size,
-            dropout=settings["dropout"],
-        )
-        if settings["pretrained"] and not self.is_resumed:
-            load_imagenet_weights(model)
-        model.input_spec = spec
-        if settings["weights"] and not self.is_resumed:
-            self.notes.append(load_initial_weights(model, settings["weights"], self.splits.class_names))
-        if settings["freeze"]:
-            freeze(model, settings["freeze"])
-        return model.to(self.device, memory_format=memory_format(self.device))
-
-    def _make_step(self) -> TrainStep:
-        settings, splits = self.settings, self.splits
-        optimizer = make_optimizer(
-            settings["optimizer"], self.model, lr=settings["lr"], weight_decay=settings["weight_decay"]
-        )
-        total_steps = settings["epochs"] * len(splits.train.bounds(settings["batch_size"]))  # at most, in a group
-        counts = splits.train.class_counts(len(splits.class_names))
-        self.class_weights = make_class_weights(settings["class_weights"], counts)
-        strengths = parse_augment(settings["augment"])
-        teachers = [self._load_teacher(path) for path in settings["teacher"] or ()]
-        self.teacher_hashes = [_hash_file(path) for path in settings["teacher"] or ()]
-        self.group.check_same(self.teacher_hashes, "teachers")
-        return TrainStep(
-            self.model,
-            optimizer,
-            lambda images: augment(images, splits.spec, strengths, self.generator),
-            precision=pick_precision(settings["precision"], self.device),
-            scheduler=make_scheduler(settings["schedule"], optimizer, total_steps=total_steps),
-            class_weights=self.class_weights and torch.tensor(self.class_weights, device=self.device),
-            label_smoothing=settings["label_smoothing"],
-            mixup=settings["mixup"],
-            teachers=teachers,
-            grad_accum=settings["grad_accum"],
-            clip_grad=settings["clip_grad"],
-            ema=Ema(self.model, settings["ema"]) if settings["ema"] else None,
-            group=self.group,
-        )
-
-    def _load_teacher(self, path: str) -> nn.Module:
-        if os.path.realpath(path) in {os.path.realpath(self.output_dir / name) for name in CHECKPOINTS}:
-            raise InputError(f"--teacher {path} would be written over by this run; copy it, or change --output-dir")
-        checkpoint = read_checkpoint(path)
-        model = build_model(checkpoint, path)
-        if parse_augment(self.settings["augment"]).window < 1 and not get_arch(model.arch).takes_any_size:
-            raise InputError(
-                f"--teacher {path}: {model.arch} takes pictures of one size only; pass --augment without window"
-            )
-        for name, its, own in (
-            ("classes", checkpoint["class_names"], self.splits.class_names),
-            ("input", model.input_spec.to_dict(), self.splits.spec.to_dict()),
-        ):
-            if its != own:
-                raise InputError(
-                    f"--teacher {path}: its {name} must be those of the network that learns; it has "
-                    f"{its}, and here are {own}"
-                )
-        self.notes.append(f"{printable(path)}: {model.arch} teaches")
-        return model.to(self.device, memory_format=memory_format(self.device)).requires_grad_(False)
-
-    @property
-    def validated_model(self) -> nn.Module:
-        """The network that is measured and deployed: the EMA's, where EMA is on."""
-        return self.step.ema.model if self.step.ema else self.model
-
-    @property
-    def is_finished(self) -> bool:
-        patience = self.settings["early_stopping"]
-        return self.epoch >= self.settings["epochs"] or bool(patience and self.since_best >= patience)
-
-    def train_epoch(self) -> dict:
-        """One epoch and its validation, saved to disk; returns its row of the history.
-
-        Raises InputError where the loss stops being a number or the checkpoints can't be written.
-        """
-        start, number = time.perf_counter(), self.epoch + 1
-        lr = self.step.optimizer.param_groups[0]["lr"]
-        try:
-            done = self._train(number)
-        except FloatingPointError as error:
-            raise InputError(
-                f"epoch {number}: {error}; try a lower --lr or --clip-grad 1 (checkpoints of earlier epochs stay)"
-            ) from None
-        logits, labels = self.measure(self.validated_model, self.splits.val, self.group)
-        val_loss, val_acc = loss_and_accuracy(to_log_probs(logits), labels)
-        if not math.isfinite(val_loss):  # by the epoch's last update, which no training loss saw
-            raise InputError(
-                f"epoch {number}: the validation loss became {val_loss} at learning rate {lr:g}; try a "
-                "lower --lr or --clip-grad 1 (checkpoints of earlier epochs stay)"
-            )
-        if self.settings["schedule"] == "plateau":
-            self.step.scheduler.step(val_loss)
-        row = {"epoch": number, "lr": lr, "train_loss": done["loss"], "train_acc": done["acc"]}
-        row |= {"val_loss": val_loss, "val_acc": val_acc}
-        row |= {"images_per_s": done["images_per_s"], "seconds": time.perf_counter() - start}
-        self.epoch = number
+    def add(self, row: dict) -> bool:
+        """Appends the row of an epoch; True if it is the best so far, by accuracy, then by loss."""
+        self.epoch = row["epoch"]
         self.history.append(row)
-        score, best_score = (val_acc, -val_loss), (self.best["val_acc"], -self.best["val_loss"])
-        is_best = score > best_score or (score == best_score and self.best["epoch"] == number)  # see restore
-        self.since_best = 0 if is_best else self.since_best + 1
+        is_best = (row["val_acc"], -row["val_loss"]) > (self.best["val_acc"], -self.best["val_loss"])
         if is_best:
-            self.best = {"val_acc": val_acc, "val_loss": val_loss, "epoch": number}
-        if self.group.is_main:
-            self.save(is_best)
-        self.saved_epoch = number
-        return row
+            self.best = {name: row[name] for name in self.best}
+        return is_best
 
-    def _train(self, number: int) -> dict:
-        settings, train, group = self.settings, self.splits.train, self.group
-        torch.manual_seed(seed_for("dropout", settings["seed"], number, group.rank))
-        self.generator.manual_seed(seed_for("augmentation", settings["seed"], number, group.rank))
-        generator = torch.Generator().manual_seed(seed_for("order", settings["seed"], number))
-        order = draw_order(train.labels, balanced=settings["sampler"] == "balanced", generator=generator)
-        train_mode(self.model)
-        counts = [stop - start for start, stop in train.bounds(settings["batch_size"], group)]
-        batches = train.iterate(settings["batch_size"], order, group)
-        title = f"epoch {number}/{settings['epochs']}"
-        done = train_one_epoch(self.step, batches, total=len(order), counts=counts, title=title)
-        group.average_statistics(self.model, *filter(None, [self.step.ema and self.step.ema.model]))
-        return done
+    def is_stalled(self, patience: int) -> bool:
+        """Whether the last `patience` epochs brought no better one; 0 means never."""
+        return bool(patience) and self.epoch - self.best["epoch"] >= patience
 
-    def measure(self, model: nn.Module, batches: Batches, group: Group = ALONE) -> tuple[torch.Tensor, torch.Tensor]:
-        """Logits (1, N, num_classes) and labels (N,), in float32 and without augmentation.
 
-        In a group each process takes a part, and every one gets the whole; a part may be empty only of fewer
-        pictures than processes, which each then measures itself.
-        """
-        if len(batches) < group.size:
-            group = ALONE
-        size = max(1, self.settings["batch_size"] // (self.settings["grad_accum"] * group.size))
-        own = torch.arange(*group.share(0, len(batches)))
-        parts = group.gather(
-            evaluate(model, batches.iterate(size, own), lambda images: to_input(images, self.splits.spec))
+# Saving
+
+
+def save(
+    output_dir: Path, step: TrainStep, progress: Progress, settings: Settings, split_hash: str, *, is_best: bool
+) -> None:
+    """Writes the best checkpoint if the last epoch `is_best`, then the final one."""
+    if progress.epoch == 1:
+        keep_previous(output_dir)
+    config = settings.to_config()
+    names = ("val_loss", "val_acc", "train_loss", "train_acc")
+    metrics = {name: progress.history[-1][name] for name in names}
+    checkpoint = make_checkpoint(step.eval_model, epoch=progress.epoch, metrics=metrics, config=without_folders(config))
+    if is_best:
+        save_checkpoint(checkpoint, output_dir / BEST_NAME)
+    resumable = {
+        "config": config,
+        "train_state_dict": step.model.state_dict(),
+        "optimizer": step.optimizer.state_dict(),
+        "scheduler": step.scheduler.state_dict() if step.scheduler else None,
+        "scaler": step.scaler.state_dict(),
+        "ema": step.ema.state_dict() if step.ema else None,
+        "history": progress.history,
+        "best_metric": progress.best,
+        "split_hash": split_hash,
+        "teacher_hashes": hash_files(settings.teacher),
+    }
+    save_checkpoint(checkpoint | resumable, output_dir / FINAL_NAME)
+    with contextlib.suppress(InputError):  # Excel locks what it shows; the report writes it again
+        replace_file(output_dir / HISTORY_NAME, lambda path: write_history(progress.history, path))
+
+
+def keep_previous(output_dir: Path) -> None:
+    """Moves an earlier run's best checkpoint aside."""
+    with contextlib.suppress(FileNotFoundError):
+        os.replace(output_dir / BEST_NAME, output_dir / PREVIOUS_NAME)
+
+
+def hash_files(paths: list[str] | None) -> list[str]:
+    return [hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in paths or ()]
+
+
+# Resuming
+
+
+def read_resumable(path: Path) -> dict:
+    """The final checkpoint in `path`; raises InputError if it is missing or is none."""
+    if not os.path.exists(path):
+        raise InputError(f"--resume: no {path}; a run can be resumed once its first epoch has ended")
+    checkpoint = read_checkpoint(path)
+    if "optimizer" not in checkpoint:
+        raise InputError(f"--resume: {path} can't be resumed; pass the {FINAL_NAME} next to it")
+    return checkpoint
+
+
+def check_unchanged(settings: Settings, checkpoint: dict, path: Path) -> None:
+    """Raises InputError if a flag contradicts the run in `path`."""
+    config = checkpoint["config"]
+    for name, value in settings.to_config().items():
+        if name not in MAY_CHANGE and value != config.get(name, value):
+            flag = "--" + name.replace("_", "-")
+            raise InputError(f"--resume: {flag} {value} contradicts the run in {path}, which has {config[name]}")
+    if settings.epochs != config["epochs"] and settings.schedule in ("cosine", "onecycle"):
+        raise InputError(
+            f"--resume: the {settings.schedule} schedule of this run ends after {config['epochs']} epochs; "
+            "--epochs can't be changed"
         )
-        return torch.cat([logits for logits, _ in parts], 1), torch.cat([labels for _, labels in parts])
-
-    def save(self, is_best: bool) -> None:
-        """Writes the best checkpoint where this epoch is it, the final one, and the history as CSV."""
-        metrics = {key: self.history[-1][key] for key in ("val_loss", "val_acc", "train_loss", "train_acc")}
-        checkpoint = make_checkpoint(
-            self.validated_model,
-            self.splits.class_names,
-            trained_on=self.splits.trained_on,
-            epoch=self.epoch,
-            metrics=metrics,
-            config=to_deployed(self.config),
+    if settings.epochs < checkpoint["epoch"]:
+        raise InputError(
+            f"--resume: --epochs {settings.epochs} is less than the {checkpoint['epoch']} epochs that are done"
         )
-        step = self.step
-        whole = checkpoint | {
-            "config": self.config,
-            "train_state_dict": self.model.state_dict(),
-            "optimizer": step.optimizer.state_dict(),
-            "scheduler": step.scheduler.state_dict() if step.scheduler else None,
-            "scaler": step.scaler.state_dict(),
-            "ema": step.ema.state_dict() if step.ema else None,
-            "rng": {"seed": self.settings["seed"], "next_epoch": self.epoch + 1},
-            "history": self.history,
-            "best_metric": self.best,
-            "early_stopping": {"since_best": self.since_best},
-            "class_weights": self.class_weights,
-            "split_hash": self.splits.split_hash,
-            "teacher_hashes": self.teacher_hashes,
-        }
-        files = {BEST_NAME: checkpoint, FINAL_NAME: whole} if is_best else {FINAL_NAME: whole}
-        if len(self.history) == 1:
-            self._keep_previous()
-            if (self.output_dir / FINAL_NAME).exists():  # a full disk leaves that run as it was
-                files = {FINAL_NAME: whole, BEST_NAME: checkpoint}
-        for name, content in files.items():
-            save_checkpoint(content, self.output_dir / name)
-        with contextlib.suppress(InputError):  # Excel locks what it shows; the next epoch and the report write it again
-            replace_file(self.output_dir / HISTORY_NAME, lambda path: write_history(self.history, path))
-
-    def earlier_results(self) -> list[str]:
-        """A line where the output folder holds another run's results, which are kept once."""
-        if self.is_resumed or not (self.output_dir / BEST_NAME).exists():
-            return []
-        return [
-            f"when the first epoch has ended, the earlier results in {printable(self.output_dir)} are kept as "
-            "best_emotion_model.previous.pth and so on"
-        ]
-
-    def _keep_previous(self) -> None:
-        for path in (self.output_dir / BEST_NAME, self.output_dir / FINAL_NAME):
-            if path.exists():
-                copy_file(path, path.with_suffix(PREVIOUS))
-        for name in REPORTS:  # of a network that has another name from now on
-            path = self.output_dir / name
-            with contextlib.suppress(OSError):  # not there, or open in a program that locks it
-                os.replace(path, path.with_suffix(f".previous{path.suffix}"))
-
-    def remove_left_overs(self) -> None:
-        """Removes the temporary files of an earlier process that was killed while it wrote them."""
-        for name in (*CHECKPOINTS, HISTORY_NAME):
-            for path in self.output_dir.glob(f".{name}.*.tmp"):
-                with contextlib.suppress(OSError):
-                    path.unlink()
-
-    def restore(self, checkpoint: dict, path: Path) -> None:
-        """Puts the state of the final checkpoint in `path` back; the output folder then holds all that a run writes.
-
-        Raises InputError where the pictures have changed since, or the best checkpoint beside it is not of this run.
-        """
-        splits = self.splits
-        if (checkpoint["split_hash"], checkpoint["class_names"]) != (splits.split_hash, splits.class_names):
-            raise InputError(f"--resume: the pictures or their split have changed since {path} was written; train anew")
-        if checkpoint.get("teacher_hashes", []) != self.teacher_hashes:
-            raise InputError(f"--resume: --teacher must name the networks that taught the run in {path}, in that order")
-        if path.name.endswith(PREVIOUS):
-            raise InputError(
-                f"--resume: copy {path} and the best checkpoint that ends so too, as {FINAL_NAME} and "
-                f"{BEST_NAME}, into a folder of their own, and resume there"
-            )
-        best = path.with_name(BEST_NAME)
-        if not best.exists():
-            raise InputError(f"--resume: {BEST_NAME} is missing beside {path}; put it back or train anew")
-        best_checkpoint = read_checkpoint(best)
-        if not _is_same_run(best_checkpoint, checkpoint):
-            raise InputError(
-                f"--resume: {best} is of another run than {path}, or of later epochs; put the right one "
-                "back or train anew"
-            )
-        try:
-            self._load(checkpoint)
-        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise InputError(f"--resume: {path} is damaged, or of another version of torch: {reason}") from None
-        if best_checkpoint["epoch"] > self.epoch:  # killed while saving; elsewhere the epoch may come out otherwise
-            scores = {name: best_checkpoint["metrics"][name] for name in ("val_acc", "val_loss")}
-            self.best = scores | {"epoch": best_checkpoint["epoch"]}
-        self.group.check_same((self.epoch, self.best), "checkpoint to resume")
-        if not self.group.is_main:
-            return
-        if path.resolve() != (self.output_dir / FINAL_NAME).resolve():
-            self._keep_previous()
-            if best.parent.resolve() != self.output_dir.resolve():
-                copy_file(best, self.output_dir / BEST_NAME)
-            copy_file(path, self.output_dir / FINAL_NAME)
-
-    def _load(self, checkpoint: dict) -> None:
-        step = self.step
-        self.model.load_state_dict(checkpoint["train_state_dict"])
-        step.optimizer.load_state_dict(checkpoint["optimizer"])
-        step.scaler.load_state_dict(checkpoint["scaler"])
-        for part, name in ((step.scheduler, "scheduler"), (step.ema, "ema")):
-            if part:
-                part.load_state_dict(checkpoint[name])
-        self.epoch, self.history, self.best = checkpoint["epoch"], checkpoint["history"], checkpoint["best_metric"]
-        self.saved_epoch, self.since_best = self.epoch, checkpoint["early_stopping"]["since_best"]
 
 
-def _hash_file(path: str) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def restore(checkpoint: dict, path: Path, step: TrainStep, settings: Settings, splits: Splits) -> Progress:
+    """Loads the final checkpoint of `path` into `step` and returns how far it had come.
+
+    Raises InputError if the images have changed since, or if the best checkpoint next to it is of another run.
+    """
+    if (checkpoint["split_hash"], checkpoint["class_names"]) != (splits.split_hash, splits.class_names):
+        raise InputError(f"--resume: the images or their split have changed since {path} was written; train anew")
+    if checkpoint.get("teacher_hashes", []) != hash_files(settings.teacher):
+        raise InputError(f"--resume: --teacher must name the models that taught the run in {path}, in that order")
+    best_path = path.with_name(BEST_NAME)
+    if not best_path.exists():
+        raise InputError(f"--resume: {BEST_NAME} is missing next to {path}; put it back or train anew")
+    best = read_checkpoint(best_path)
+    if not _is_same_run(best, checkpoint):
+        raise InputError(
+            f"--resume: {best_path} is of another run than {path}, or of later epochs; put the right one back or "
+            "train anew"
+        )
+    try:
+        _load_state(checkpoint, step)
+        scores = {name: best["metrics"][name] for name in ("val_acc", "val_loss")}
+        return Progress(checkpoint["epoch"], checkpoint["history"], {"epoch": best["epoch"], **scores})
+    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
+        raise InputError(f"--resume: {path} is damaged, or of another version of torch: {reason_of(error)}") from None
+
+
+def _load_state(checkpoint: dict, step: TrainStep) -> None:
+    step.model.load_state_dict(checkpoint["train_state_dict"])
+    step.optimizer.load_state_dict(checkpoint["optimizer"])
+    step.scaler.load_state_dict(checkpoint["scaler"])
+    for part, name in ((step.scheduler, "scheduler"), (step.ema, "ema")):
+        if part:
+            part.load_state_dict(checkpoint[name])
 
 
 def _is_same_run(best: dict, final: dict) -> bool:
-    """Whether two checkpoints are of one run. One that is killed while saving has a best ahead of its final."""
+    """Whether two checkpoints are of one run. Killed while saving, its best is one epoch ahead of its final."""
     if best["epoch"] not in (final["best_metric"]["epoch"], final["epoch"] + 1):
         return False
     parts = []
     for checkpoint in (best, final):
-        config = to_deployed(checkpoint["config"])
-        config = {key: value for key, value in config.items() if key not in FREE_ON_RESUME}
+        config = without_folders(checkpoint["config"])
+        config = {name: value for name, value in config.items() if name not in MAY_CHANGE}
         parts.append((checkpoint["arch"], checkpoint["class_names"], config))
     return parts[0] == parts[1]
 
 
-def copy_file(source: Path, target: Path) -> None:
-    replace_file(target, lambda temporary: shutil.copyfile(source, temporary))
-
-
-def write_history(history: list[dict], path: Path) -> None:
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fieldnames=list(history[0]))
-        writer.writeheader()
-        writer.writerows(history)
+def copy_run(path: Path, output_dir: Path) -> None:
+    """Copies a resumed run's two checkpoints to another output folder, in which an earlier best is kept."""
+    if path.parent.resolve() != output_dir.resolve():
+        keep_previous(output_dir)
+        for source, name in ((path.with_name(BEST_NAME), BEST_NAME), (path, FINAL_NAME)):
+            replace_file(output_dir / name, lambda temporary, source=source: shutil.copyfile(source, temporary))

@@ -1,0 +1,84 @@
+"""The settings of a training run: every flag of train_emotion_cnn.py, resolved once."""
+
+import os
+from dataclasses import asdict, dataclass
+
+from checkpoints import BEST_NAME, FINAL_NAME, PREVIOUS_NAME
+from engine.augment import parse_augment
+from errors import InputError
+from models import get_arch
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What was given as a flag, else what the resumed run had, else the recipe of the arch, else the default."""
+
+    data_dir: str
+    val_fraction: float
+    cache_dir: str | None
+    strict: bool
+    sampler: str
+
+    arch: str
+    image_size: int
+    pretrained: bool
+    weights: str | None
+    freeze: str | None
+    dropout: float | None
+
+    epochs: int
+    batch_size: int
+    augment: str
+    optimizer: str
+    lr: float
+    weight_decay: float
+    schedule: str
+    class_weights: str
+    label_smoothing: float
+    mixup: float
+    ema: float
+
+    teacher: list[str] | None
+    grad_accum: int
+    clip_grad: float
+    early_stopping: int
+
+    output_dir: str
+    resume: str | None
+    seed: int
+    device: str
+    precision: str
+    deterministic: bool
+    tensorboard: str | None
+
+    @property
+    def eval_batch_size(self) -> int:
+        """Images per forward pass of validation: no more than training has in one pass."""
+        return max(1, self.batch_size // self.grad_accum)
+
+    def to_config(self) -> dict:
+        """What a checkpoint keeps of the settings; paths are made absolute."""
+        config = {name: value for name, value in asdict(self).items() if name not in ("output_dir", "resume")}
+        for name in ("data_dir", "weights", "cache_dir", "tensorboard"):
+            config[name] = config[name] and os.path.abspath(config[name])
+        return config | {"teacher": self.teacher and [os.path.abspath(path) for path in self.teacher]}
+
+    def check(self) -> None:
+        """Raises InputError for flags that contradict each other and for files that are missing."""
+        arch, strengths = get_arch(self.arch), parse_augment(self.augment)
+        if self.pretrained and self.weights:
+            raise InputError("--pretrained and --weights both name weights to start from; give one")
+        for flag, paths in (("--weights", [self.weights]), ("--teacher", self.teacher or ())):
+            for path in paths:
+                if path is not None and not os.path.exists(path):
+                    raise InputError(f"{flag}: no file {path!r}")
+        written = {
+            os.path.realpath(os.path.join(self.output_dir, name)) for name in (BEST_NAME, FINAL_NAME, PREVIOUS_NAME)
+        }
+        for path in self.teacher or ():
+            if os.path.realpath(path) in written:
+                raise InputError(f"--teacher {path} would be overwritten by this run; copy it, or change --output-dir")
+        if arch.is_backbone and self.freeze and not (self.pretrained or self.weights):
+            raise InputError("--freeze keeps trained weights, and with --no-pretrained there are none; leave one out")
+        if strengths.window < 1 and not arch.takes_any_size:
+            raise InputError(f"--augment: {arch.name} takes images of one size only; leave window out, or use crop")
