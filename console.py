@@ -22,29 +22,29 @@ def run_script(main: Callable[[], int | None]) -> None:
         if hasattr(stream, "reconfigure"):  # notebooks have streams of their own
             stream.reconfigure(errors="replace")  # a terminal that can't show a bar or a name still shows the rest
     try:
-        code = main()
-        if "TORCHELASTIC_RUN_ID" in os.environ:  # gloo's threads may outlive the group, and abort a slower end
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(code or 0)
-        sys.exit(code)
+        code = main() or 0
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        code = 2
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
         print(
-            "error: out of memory; lower --batch-size, or --image-size where that was raised (training can also "
-            "split a batch: --grad-accum 4)",
+            "error: out of memory; lower --batch-size, or --image-size if it was raised (training can also split a "
+            "batch: --grad-accum 4)",
             file=sys.stderr,
         )
-        sys.exit(2)
+        code = 2
     except KeyboardInterrupt:
-        sys.exit(130)
+        code = 130
     except BrokenPipeError:  # `| head` has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
+        code = 1
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # gloo's threads may outlive the group, and abort a slower end
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def number(kind: type, low: float, high: float = math.inf, *, below: bool = False):

@@ -14,13 +14,15 @@ from data import SAMPLE_PREFIX, SAMPLE_SET, FolderImages, find_splits, hash_pixe
 from errors import InputError, printable
 from models import InputSpec, ModelInfo
 
+SAMPLERS = ("shuffle", "balanced")
+
 
 def split_train_val(
     labels: np.ndarray, digests: list[str], fraction: float, seed: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Positions (train, val), each sorted: a share of every class for validation, equal pictures on one side.
+    """Positions (train, val), each sorted: a share of every class for validation, duplicates on one side.
 
-    A group of equal pictures counts to the class of its first. A class with one group only stays in train.
+    A group of duplicates counts to the class of its first. A class with only one group stays in train.
     """
     groups: dict[str, list[int]] = {}
     for index, digest in enumerate(digests):
@@ -168,14 +170,7 @@ def load_splits(
         train_rows, val_rows = split_train_val(train.labels, train.digests, val_fraction, seed)
     if len(val_rows) == 0 or len(train_rows) < 2:
         raise InputError(f"{len(train)} pictures in {train.folder} are too few to train and validate on")
-    val_in_train, test_in_train = find_duplicates(train, val), find_duplicates(train, test)
-    is_sample, parts = is_sample_set(train.paths), [part for part in (train, val, test) if part]
-    notes = [note for part in parts for note in part.notes] + warn_of_numbers(train)
-    if not is_sample:
-        notes += [note for part in parts for note in warn_of_drawings(part)]
-    notes += warn_of_duplicates(val, val_in_train, "train") + warn_of_duplicates(test, test_in_train, "train")
-    if val:
-        notes += warn_of_duplicates(test, find_duplicates(val, test), "val")
+    is_sample = is_sample_set(train.paths)
     return Splits(
         train=Batches(train, train_rows, device),
         val=Batches(val or train, val_rows, device),
@@ -185,9 +180,20 @@ def load_splits(
         trained_on=SAMPLE_SET if is_sample else printable(Path(data_dir).resolve().name),
         split_hash=hash_split((train, train_rows), (val or train, val_rows)),
         val_source=f"{val.folder.name}/" if val else f"{100 * val_fraction:g}% of train/",
-        in_train=test_in_train if test else val_in_train,
-        notes=notes,
+        in_train=find_duplicates(train, test or val) if test or val else None,
+        notes=_notes_on(train, val, test),
     )
+
+
+def _notes_on(train: FolderImages, val: FolderImages | None, test: FolderImages | None) -> list[str]:
+    parts = [part for part in (train, val, test) if part]
+    notes = [note for part in parts for note in part.notes] + warn_of_numbers(train)
+    if not is_sample_set(train.paths):
+        notes += [note for part in parts for note in warn_of_drawings(part)]
+    for part, other in ((val, train), (test, train), (test, val)):
+        if part and other:
+            notes += warn_of_duplicates(part, find_duplicates(other, part), other)
+    return notes
 
 
 def load_split(
@@ -205,32 +211,31 @@ def load_split(
     Without a val/, "val" and "train" are the shares of train/ by `val_fraction` and `seed`. A folder that holds class
     folders instead of splits is used as it is, under its own name. Raises InputError for a split that is missing.
     """
-    folders, options = find_splits(data_dir), {"class_names": info.class_names, "cache_dir": cache_dir}
-    if not folders:
-        data = FolderImages(data_dir, info.input_spec, strict=strict, **options)
-        return data, np.arange(len(data)), printable(Path(data_dir).resolve().name), None
-    if split != "test" and "train" in folders and "val" not in folders:
-        data = FolderImages(folders["train"], info.input_spec, strict=strict, **options)
+    folders = find_splits(data_dir)
+    is_share = split != "test" and "train" in folders and "val" not in folders
+    if folders and not is_share and split not in folders:
+        raise InputError(f"no folder {Path(data_dir) / split}; pass --split {' or '.join(reversed(folders))}")
+    folder = folders["train" if is_share else split] if folders else data_dir
+    options = {"class_names": info.class_names, "cache_dir": cache_dir, "strict": strict}
+    data, in_train = FolderImages(folder, info.input_spec, **options), None
+    rows = np.arange(len(data))
+    if is_share:
         train_rows, val_rows = split_train_val(data.labels, data.digests, val_fraction, seed)
         if len(val_rows) == 0:
             raise InputError(f"{len(data)} pictures in {data.folder} are too few for a validation share")
-        return data, val_rows if split == "val" else train_rows, split, None
-    if split not in folders:
-        raise InputError(f"no folder {Path(data_dir) / split}; pass --split {' or '.join(reversed(folders))}")
-    data, in_train = FolderImages(folders[split], info.input_spec, strict=strict, **options), None
-    if split != "train" and "train" in folders:
+        rows = val_rows if split == "val" else train_rows
+    elif split != "train" and "train" in folders:
         try:
-            in_train = find_duplicates(FolderImages(folders["train"], info.input_spec, cache_dir=cache_dir), data)
-            data.notes += warn_of_duplicates(data, in_train, "train")
+            train = FolderImages(folders["train"], info.input_spec, cache_dir=cache_dir)
+            in_train = find_duplicates(train, data)
+            data.notes += warn_of_duplicates(data, in_train, train)
         except InputError as error:  # about train/, which is not what is measured
             data.notes.append(f"duplicates of training pictures were not looked for: {error}")
-    return data, np.arange(len(data)), split, in_train
+    return data, rows, split if folders else printable(Path(data_dir).resolve().name), in_train
 
 
-def find_duplicates(train: FolderImages, other: FolderImages | None) -> np.ndarray | None:
-    """bool (N,), True for an image of `other` that is also in `train`, pixel for pixel; None without `other`."""
-    if other is None:
-        return None
+def find_duplicates(train: FolderImages, other: FolderImages) -> np.ndarray:
+    """bool (N,), True for an image of `other` that is also in `train`, pixel for pixel."""
     channels = max(train.images.shape[1], other.images.shape[1])
     known = set(_digests_with(channels, train))
     return np.array([digest in known for digest in _digests_with(channels, other)])
@@ -265,8 +270,8 @@ def warn_of_drawings(part: FolderImages) -> list[str]:
     ]
 
 
-def warn_of_duplicates(part: FolderImages | None, duplicates: np.ndarray | None, other: str) -> list[str]:
-    if part is None or not duplicates.any():
+def warn_of_duplicates(part: FolderImages, duplicates: np.ndarray, other: FolderImages) -> list[str]:
+    if not duplicates.any():
         return []
-    name = printable(part.folder.name)
-    return [f"warning: {duplicates.sum():,} of {len(part):,} pictures in {name}/ are also in {other}/"]
+    name, other_name = printable(part.folder.name), printable(other.folder.name)
+    return [f"warning: {duplicates.sum():,} of {len(part):,} pictures in {name}/ are also in {other_name}/"]

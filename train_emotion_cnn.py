@@ -10,11 +10,11 @@ Writes to --output-dir: best_emotion_model.pth (the best epoch on validation, fo
 classification_report.txt and metrics.json.
 """
 
-import argparse
 import contextlib
 import os
 import sys
 import time
+from argparse import BooleanOptionalAction
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from functools import partial
@@ -37,93 +37,71 @@ from console import ArgumentParser, make_output_dir, number, run_script
 from data import SAMPLE_SET
 from device import PRECISIONS, memory_format, pick_device, pick_precision
 from engine import distributed, resume
-from engine.augment import augment, parse_augment
+from engine.augment import EXAMPLE, PRESETS, augment, parse_augment
 from engine.distributed import ProcessGroup
 from engine.evaluation import evaluate, fit_temperature, loss_and_accuracy, measure
-from engine.loop import TrainStep, check_finite, make_class_weights, seed_for, train_one_epoch
+from engine.loop import CLASS_WEIGHTS, TrainStep, check_finite, make_class_weights, seed_for, train_one_epoch
 from engine.optim import OPTIMIZERS, SCHEDULES, Ema, make_optimizer, make_scheduler
 from engine.pretrained import freeze, load_imagenet_weights, load_initial_weights, load_teacher
 from engine.settings import Settings
 from errors import InputError, printable
 from models import count_parameters, create_model, device_of, get_arch, input_spec_for, list_archs
-from splits import Splits, batch_bounds, draw_order, load_splits
+from splits import SAMPLERS, Splits, batch_bounds, draw_order, load_splits
 
 DEFAULT_ARCH = "seresnet13"
+SHARE = number(float, 0, 1, below=True)  # an argparse type
 
 
 def get_args_parser() -> ArgumentParser:
     parser = ArgumentParser(description=__doc__.partition("\n")[0])
-    count, share, at_least_0 = number(int, 1), number(float, 0, 1, below=True), number(float, 0)
-    switch = argparse.BooleanOptionalAction
 
     add = parser.add_argument_group("data").add_argument
     add("--data-dir", default=".", metavar="DIR", help="holds train/, and val/ and test/ if there are any")
-    add(
-        "--val-fraction", default=0.1, type=number(float, 0.01, 0.9), help="share of train/ to validate on without val/"
-    )
+    add("--val-fraction", default=0.1, type=number(float, 0.01, 0.9), help="of train/, to validate on without val/")
     add("--cache-dir", metavar="DIR", help="for decoded images (default: the user's cache folder)")
     add("--strict", action="store_true", help="stop at an image that can't be read, instead of leaving it out")
-    add(
-        "--sampler", default="shuffle", choices=("shuffle", "balanced"), help="balanced draws all classes equally often"
-    )
+    add("--sampler", default="shuffle", choices=SAMPLERS, help="balanced: draw every class equally often")
 
     add = parser.add_argument_group("model").add_argument
     add("--arch", default=DEFAULT_ARCH, help=f"one of {', '.join(list_archs())}")
     add("--image-size", type=number(int, 32, 1024), metavar="PIXELS", help="side of the input (default: the arch's)")
-    add("--pretrained", action=switch, help="start from ImageNet weights (default: backbones without --weights do)")
+    add("--pretrained", action=BooleanOptionalAction, help="start from ImageNet weights (default: backbones do)")
     add("--weights", metavar="PATH", help="start from a checkpoint or a state_dict file")
     add("--freeze", metavar="STAGE", help="freeze a backbone up to this stage; all: train the head only")
-    add("--dropout", type=share, help="of each dropout in the classifier (default: the arch's)")
+    add("--dropout", type=SHARE, help="of each dropout in the classifier (default: the arch's)")
 
-    add = parser.add_argument_group("recipe", "The defaults are the recipe of the arch.").add_argument
-    add("--epochs", type=count, help="passes over the training images")
-    add("--batch-size", type=number(int, 2), help="images per optimizer step, of all processes")
-    add(
-        "--augment",
-        help="none, light, medium, strong, or strengths: flip,rotation=10,translate=0.1,scale=0.1,"
-        "brightness=0.2,contrast=0.2,crop=0.8,window=0.83,erase=0.25",
-    )
-    add("--optimizer", choices=OPTIMIZERS, help="sgd has Nesterov momentum 0.9")
-    add("--lr", type=number(float, 1e-9), help="learning rate; of onecycle the peak")
-    add("--weight-decay", type=at_least_0, help="L2 penalty of adam and sgd; decoupled for adamw")
-    add("--schedule", choices=SCHEDULES, help="of the learning rate")
-    add("--class-weights", choices=("none", "balanced", "sqrt"), help="weigh rare classes more in the loss")
-    add("--label-smoothing", type=share, help="share of the target spread over all classes")
-    add("--mixup", type=at_least_0, metavar="ALPHA", help="blend pairs of images and labels, such as 0.2; 0 is off")
-    add("--ema", type=share, metavar="DECAY", help="average the weights, such as 0.999; 0 is off")
-
-    add = parser.add_argument_group("training").add_argument
-    add("--teacher", nargs="+", metavar="PATH", help="learn from the probabilities of these checkpoints too")
-    add("--grad-accum", default=1, type=count, metavar="N", help="split each batch into N passes, to save memory")
-    add("--clip-grad", default=0.0, type=at_least_0, metavar="NORM", help="clip the gradient's norm; 0 is off")
-    add(
-        "--early-stopping",
-        default=0,
-        type=number(int, 0),
-        metavar="EPOCHS",
-        help="stop after as many epochs without a better validation accuracy; 0 is off",
-    )
+    add_training_flags(parser)
 
     add = parser.add_argument_group("run").add_argument
     add("--output-dir", default=".", metavar="DIR", help="where everything is written")
-    add(
-        "--resume",
-        nargs="?",
-        const="",
-        metavar="PATH",
-        help=f"go on from PATH, with the flags it was started with (without PATH: {FINAL_NAME} in --output-dir)",
-    )
+    add("--resume", nargs="?", const="", metavar="PATH", help=f"go on from PATH or {FINAL_NAME}, with its flags")
     add("--seed", default=0, type=number(int, 0, 2**31 - 1), help="of everything random")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
-    add(
-        "--precision",
-        default="auto",
-        choices=PRECISIONS,
-        help="auto is bf16 if the hardware multiplies in it, else fp32",
-    )
+    add("--precision", default="auto", choices=PRECISIONS, help="auto is bf16 if the hardware has it, else fp32")
     add("--deterministic", action="store_true", help="use torch's deterministic algorithms on CUDA; slower")
     add("--tensorboard", metavar="DIR", help="also log to DIR, if tensorboard is installed")
     return parser
+
+
+def add_training_flags(parser: ArgumentParser) -> None:
+    add = parser.add_argument_group("recipe", "The defaults are the recipe of the arch.").add_argument
+    add("--epochs", type=number(int, 1), help="passes over the training images")
+    add("--batch-size", type=number(int, 2), help="images per optimizer step, of all processes")
+    add("--augment", help=f"{', '.join(PRESETS)}, or strengths such as {EXAMPLE}")
+    add("--optimizer", choices=OPTIMIZERS, help="sgd has Nesterov momentum 0.9")
+    add("--lr", type=number(float, 1e-9), help="learning rate; of onecycle the peak")
+    add("--weight-decay", type=number(float, 0), help="L2 penalty of adam and sgd; decoupled for adamw")
+    add("--schedule", choices=SCHEDULES, help="of the learning rate")
+    add("--class-weights", choices=CLASS_WEIGHTS, help="weigh rare classes more in the loss")
+    add("--label-smoothing", type=SHARE, help="share of the target spread over all classes")
+    add("--mixup", type=number(float, 0), metavar="ALPHA", help="blend pairs of images and labels, 0.2 say; 0 is off")
+    add("--ema", type=SHARE, metavar="DECAY", help="average the weights, 0.999 say; 0 is off")
+
+    add = parser.add_argument_group("training").add_argument
+    add("--teacher", nargs="+", action="extend", metavar="PATH", help="checkpoints to learn from, too")
+    add("--grad-accum", default=1, type=number(int, 1), metavar="N", help="split a batch into N passes: less memory")
+    add("--clip-grad", default=0.0, type=number(float, 0), metavar="NORM", help="clip the gradient's norm; 0 is off")
+    add("--early-stopping", default=0, type=number(int, 0), metavar="N", help="stop after N epochs without a new best")
 
 
 def parse_settings(argv: list[str] | None) -> tuple[Settings, dict | None]:
@@ -143,6 +121,8 @@ def parse_settings(argv: list[str] | None) -> tuple[Settings, dict | None]:
     path = Path(args.resume or os.path.join(args.output_dir, FINAL_NAME))
     checkpoint = resume.read_resumable(path)
     saved = {name: value for name, value in checkpoint["config"].items() if hasattr(args, name)}
+    if args.teacher:  # argparse would add them to the default
+        del saved["teacher"]
     parser.set_defaults(**saved, output_dir=str(path.parent))
     settings = replace(Settings(**vars(parser.parse_args(argv))), resume=str(path))
     resume.check_unchanged(settings, checkpoint)
@@ -161,9 +141,10 @@ def main(argv: list[str] | None = None) -> None:
     check_group(settings, splits, group)
     model = make_model(settings, splits, device)
     step = make_step(settings, splits, model, group)
-    progress = resume.restore(checkpoint, settings, step, splits) if checkpoint else resume.Progress()
+    fingerprint = resume.fingerprint(splits.split_hash, settings.teacher)
+    progress = resume.restore(checkpoint, settings.resume, step, fingerprint) if checkpoint else resume.Progress()
     if checkpoint and group.is_main:
-        resume.copy_run(Path(settings.resume), output_dir)
+        resume.copy_run(settings.resume, output_dir)
     say(describe(settings, splits, step, progress))
 
     with resume_hint(output_dir, progress, group), tensorboard_log(settings.tensorboard, group) as log:
@@ -186,7 +167,7 @@ def main(argv: list[str] | None = None) -> None:
             row |= {"seconds": time.perf_counter() - start}
             is_best = progress.add(row)
             if group.is_main:
-                resume.save(output_dir, step, progress, settings, splits.split_hash, is_best=is_best)
+                resume.save(output_dir, step, progress, settings.to_config(), fingerprint, is_best=is_best)
             say(format_row(row, title, is_best))
             log(row)
 
@@ -199,7 +180,7 @@ def main(argv: list[str] | None = None) -> None:
             metrics = measure(
                 model, batches, split=split, batch_size=settings.eval_batch_size, in_train=splits.in_train
             )
-            finish(output_dir, checkpoint, metrics, progress, splits)
+            report(output_dir, checkpoint, metrics, progress, splits)
     distributed.shutdown()
 
 
@@ -288,14 +269,13 @@ def describe(settings: Settings, splits: Splits, step: TrainStep, progress: resu
         f"{settings.arch}: {count_parameters(step.model):,} parameters, {precision} on {step.device}, {threads} CPU "
         f"thread{'s' * (threads > 1)}" + (f", {world_size} processes" if world_size > 1 else ""),
     ]
+    if step.teachers:
+        lines.append(f"teachers: {', '.join(teacher.info.arch for teacher in step.teachers)}")
     if progress.epoch:
         run = f"seed {settings.seed}, {settings.epochs} epochs"
         is_finished = progress.epoch >= settings.epochs or progress.is_stalled(settings.early_stopping)
-        lines.append(
-            f"this run ({run}) is finished; its reports follow"
-            if is_finished
-            else f"resumed after epoch {progress.epoch} ({run})"
-        )
+        resumed = f"resumed after epoch {progress.epoch} ({run})"
+        lines.append(f"this run ({run}) is finished; its reports follow" if is_finished else resumed)
     return "\n".join(lines)
 
 
@@ -343,7 +323,7 @@ def tensorboard_log(folder: str | None, group: ProcessGroup) -> Iterator[Callabl
         yield log
 
 
-def finish(output_dir: Path, checkpoint: dict, metrics: dict, progress: resume.Progress, splits: Splits) -> None:
+def report(output_dir: Path, checkpoint: dict, metrics: dict, progress: resume.Progress, splits: Splits) -> None:
     """Writes temperature and test metrics into the best checkpoint, the report's files, and prints the report."""
     selected = {name: value for name, value in checkpoint["metrics"].items() if not name.startswith("test_")}
     measured = {name: metrics[name] for name in ("accuracy", "macro_f1", "count") if splits.test}

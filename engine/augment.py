@@ -1,7 +1,7 @@
 """Augmentation of whole batches on the device, with named strengths.
 
 strengths = parse_augment("flip,rotation=10,translate=0.1")
-inputs = augment(images, spec, strengths, generator)        # uint8 (N, C, H, W) -> normalised float32
+inputs = augment(images, spec, strengths, generator)        # uint8 (N, C, H, W) -> normalized float32
 """
 
 from dataclasses import dataclass, fields
@@ -23,9 +23,9 @@ class Strengths:
     translate: float = 0.0  # up to this share of the side, in x and y
     scale: float = 0.0  # zoom by a factor from 1 - scale to 1 + scale
     crop: float = 1.0  # random resized crop: the least share of the area that stays
-    window: float = 1.0  # share of the side that the network sees, cut out at random: smaller inputs, faster steps
+    window: float = 1.0  # share of the side that the model sees, cut out at random: smaller inputs, faster steps
     brightness: float = 0.0  # factor from 1 - brightness to 1 + brightness
-    contrast: float = 0.0  # likewise, about the picture's mean
+    contrast: float = 0.0  # likewise, about the image's mean
     erase: float = 0.0  # probability of erasing a rectangle
 
     def __post_init__(self):
@@ -48,6 +48,7 @@ PRESETS = {
         flip=0.5, rotation=15, translate=0.12, scale=0.15, crop=0.8, brightness=0.3, contrast=0.3, erase=0.25
     ),
 }
+EXAMPLE = "flip,rotation=10,translate=0.1,scale=0.1,crop=0.8,window=0.83,brightness=0.2,contrast=0.2,erase=0.25"
 
 
 def parse_augment(text: str) -> Strengths:
@@ -70,11 +71,11 @@ def parse_augment(text: str) -> Strengths:
 
 
 def augment(images: torch.Tensor, spec: InputSpec, strengths: Strengths, generator: torch.Generator) -> torch.Tensor:
-    """uint8 (N, C, H, W), 0-255 -> float32 (N, spec.channels, H, W), augmented and normalised.
+    """uint8 (N, C, H, W), 0-255 -> float32 (N, spec.channels, H, W), augmented and normalized.
 
-    Every picture draws its own values from `generator`, which must be on the device of `images`. What geometry
-    brings in from outside the picture, and what is erased, is the mean (0 after normalising). A `window` below 1
-    leaves pictures of that share of H and W, in whole pixels (Krizhevsky et al. 2012 trained so at 224 of 256).
+    Every image draws its own values from `generator`, which must be on the device of `images`. What geometry brings in
+    from outside the image, and what is erased, is the mean (0 once normalized). A `window` below 1 leaves images of
+    that share of H and W, rounded to pixels (Krizhevsky et al. 2012 trained so at 224 of 256).
     """
     uniform = torch.rand(16, len(images), generator=generator, device=images.device)  # one row for each draw below
     inputs = images.float() / 255
@@ -102,7 +103,7 @@ def affine_matrices(uniform: torch.Tensor, strengths: Strengths) -> torch.Tensor
     """(8, N) uniform numbers -> (N, 2, 3) matrices from output to input coordinates, both from -1 to 1.
 
     Mirroring, rotation, zoom and shift, the random resized crop of torchvision (area from `crop` to 1, aspect ratio
-    from 3/4 to 4/3) and the window, in one matrix, so that a picture is resampled once.
+    from 3/4 to 4/3) and the window, in one matrix, so that an image is resampled once.
     """
     signed = 2 * uniform - 1
     angle = signed[0] * (strengths.rotation * torch.pi / 180)
@@ -110,7 +111,7 @@ def affine_matrices(uniform: torch.Tensor, strengths: Strengths) -> torch.Tensor
     mirror = torch.where(uniform[2] < strengths.flip, -1.0, 1.0)
     area = strengths.crop + (1 - strengths.crop) * uniform[3]
     ratio = (4 / 3) ** (signed[4] * (strengths.crop < 1))
-    ratio = torch.minimum(torch.maximum(ratio, area), 1 / area)  # so that neither side is longer than the picture's
+    ratio = torch.minimum(torch.maximum(ratio, area), 1 / area)  # so that neither side is longer than the image's
     width, height = (strengths.window * side.sqrt() for side in (area * ratio, area / ratio))
     shift_x = signed[5] * (2 * strengths.translate + (1 - width))
     shift_y = signed[6] * (2 * strengths.translate + (1 - height))
@@ -121,7 +122,7 @@ def affine_matrices(uniform: torch.Tensor, strengths: Strengths) -> torch.Tensor
 
 
 def _rectangles(uniform: torch.Tensor, probability: float, side: int) -> torch.Tensor:
-    """(5, N) uniform numbers -> bool (N, 1, side, side), True where a picture is erased.
+    """(5, N) uniform numbers -> bool (N, 1, side, side), True where an image is erased.
 
     Random erasing, Zhong et al. 2017, arXiv:1708.04896, with torchvision's shares: 2 to 33% of the area, aspect
     ratio 0.3 to 3.3. A rectangle may stand partly outside, where the paper draws again.

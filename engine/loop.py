@@ -25,6 +25,7 @@ from errors import InputError
 from models import device_of
 from splits import Batches, batch_bounds
 
+CLASS_WEIGHTS = ("none", "balanced", "sqrt")
 TEACHER_SHARE = 0.8  # of the targets, if there are teachers
 
 

@@ -22,7 +22,6 @@ from engine.loop import TrainStep
 from engine.settings import Settings
 from errors import InputError, reason_of
 from reports import HISTORY_NAME, write_history
-from splits import Splits
 
 # Settings that may differ from the resumed run's: they don't change the result, or are compared by content.
 MAY_CHANGE = {"epochs", "device", "output_dir", "resume", "data_dir", "cache_dir", "tensorboard", "strict", "teacher"}
@@ -54,12 +53,11 @@ class Progress:
 
 
 def save(
-    output_dir: Path, step: TrainStep, progress: Progress, settings: Settings, split_hash: str, *, is_best: bool
+    output_dir: Path, step: TrainStep, progress: Progress, config: dict, fingerprint: dict, *, is_best: bool
 ) -> None:
-    """Writes the best checkpoint if the last epoch `is_best`, then the final one."""
+    """Writes the best checkpoint if the last epoch `is_best`, then the final one and the history."""
     if progress.epoch == 1:
         keep_previous(output_dir)
-    config = settings.to_config()
     names = ("val_loss", "val_acc", "train_loss", "train_acc")
     metrics = {name: progress.history[-1][name] for name in names}
     checkpoint = make_checkpoint(step.eval_model, epoch=progress.epoch, metrics=metrics, config=without_folders(config))
@@ -74,10 +72,8 @@ def save(
         "ema": step.ema.state_dict() if step.ema else None,
         "history": progress.history,
         "best_metric": progress.best,
-        "split_hash": split_hash,
-        "teacher_hashes": hash_files(settings.teacher),
     }
-    save_checkpoint(checkpoint | resumable, output_dir / FINAL_NAME)
+    save_checkpoint(checkpoint | resumable | fingerprint, output_dir / FINAL_NAME)
     with contextlib.suppress(InputError):  # Excel locks what it shows; the report writes it again
         replace_file(output_dir / HISTORY_NAME, lambda path: write_history(progress.history, path))
 
@@ -88,11 +84,17 @@ def keep_previous(output_dir: Path) -> None:
         os.replace(output_dir / BEST_NAME, output_dir / PREVIOUS_NAME)
 
 
-def hash_files(paths: list[str] | None) -> list[str]:
-    return [hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in paths or ()]
-
-
 # Resuming
+
+
+def fingerprint(split_hash: str, teachers: list[str] | None) -> dict:
+    """What must be the same when a run is resumed, apart from its flags: the images and the teachers."""
+    return {"split_hash": split_hash, "teacher_hashes": [_hash_file(path) for path in teachers or ()]}
+
+
+def _hash_file(path: str) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_resumable(path: Path) -> dict:
@@ -105,9 +107,9 @@ def read_resumable(path: Path) -> dict:
     return checkpoint
 
 
-def check_unchanged(settings: Settings, checkpoint: dict, path: Path) -> None:
-    """Raises InputError if a flag contradicts the run in `path`."""
-    config = checkpoint["config"]
+def check_unchanged(settings: Settings, checkpoint: dict) -> None:
+    """Raises InputError if a flag contradicts the run in `checkpoint`."""
+    config, path = checkpoint["config"], settings.resume
     for name, value in settings.to_config().items():
         if name not in MAY_CHANGE and value != config.get(name, value):
             flag = "--" + name.replace("_", "-")
@@ -123,16 +125,17 @@ def check_unchanged(settings: Settings, checkpoint: dict, path: Path) -> None:
         )
 
 
-def restore(checkpoint: dict, path: Path, step: TrainStep, settings: Settings, splits: Splits) -> Progress:
-    """Loads the final checkpoint of `path` into `step` and returns how far it had come.
+def restore(checkpoint: dict, path: str, step: TrainStep, fingerprint: dict) -> Progress:
+    """Loads the final checkpoint, read from `path`, into `step` and returns how far it had come.
 
     Raises InputError if the images have changed since, or if the best checkpoint next to it is of another run.
     """
-    if (checkpoint["split_hash"], checkpoint["class_names"]) != (splits.split_hash, splits.class_names):
+    same_classes = checkpoint["class_names"] == step.model.info.class_names
+    if not same_classes or checkpoint.get("split_hash") != fingerprint["split_hash"]:
         raise InputError(f"--resume: the images or their split have changed since {path} was written; train anew")
-    if checkpoint.get("teacher_hashes", []) != hash_files(settings.teacher):
+    if checkpoint.get("teacher_hashes", []) != fingerprint["teacher_hashes"]:
         raise InputError(f"--resume: --teacher must name the models that taught the run in {path}, in that order")
-    best_path = path.with_name(BEST_NAME)
+    best_path = Path(path).with_name(BEST_NAME)
     if not best_path.exists():
         raise InputError(f"--resume: {BEST_NAME} is missing next to {path}; put it back or train anew")
     best = read_checkpoint(best_path)
@@ -144,9 +147,11 @@ def restore(checkpoint: dict, path: Path, step: TrainStep, settings: Settings, s
     try:
         _load_state(checkpoint, step)
         scores = {name: best["metrics"][name] for name in ("val_acc", "val_loss")}
-        return Progress(checkpoint["epoch"], checkpoint["history"], {"epoch": best["epoch"], **scores})
+        progress = Progress(checkpoint["epoch"], checkpoint["history"], {"epoch": best["epoch"], **scores})
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
         raise InputError(f"--resume: {path} is damaged, or of another version of torch: {reason_of(error)}") from None
+    step.group.check_same((progress.epoch, progress.best), "checkpoint to resume")
+    return progress
 
 
 def _load_state(checkpoint: dict, step: TrainStep) -> None:
@@ -170,8 +175,9 @@ def _is_same_run(best: dict, final: dict) -> bool:
     return parts[0] == parts[1]
 
 
-def copy_run(path: Path, output_dir: Path) -> None:
+def copy_run(path: str, output_dir: Path) -> None:
     """Copies a resumed run's two checkpoints to another output folder, in which an earlier best is kept."""
+    path = Path(path)
     if path.parent.resolve() != output_dir.resolve():
         keep_previous(output_dir)
         for source, name in ((path.with_name(BEST_NAME), BEST_NAME), (path, FINAL_NAME)):
