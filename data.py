@@ -6,13 +6,15 @@ data = FolderImages(folders["train"], InputSpec())  # data.images: uint8 (N, C, 
 
 import contextlib
 import hashlib
+import io
 import json
+import math
 import os
 import sys
 import time
-from collections.abc import Callable
+import uuid
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
@@ -24,24 +26,26 @@ from preprocessing import decode_paths, in_chunks
 CACHE_VERSION = 5  # raise it whenever decoding or the cache's layout changes
 EXTENSIONS = {".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm", ".pbm"}
 SAMPLE_PREFIX, SAMPLE_SET = "drawing_", "the sample set of drawings"  # its files' names, what checkpoints call it
-_CHUNK_BYTES = 2**22  # of pictures decoded by one task
+SPLIT_NAMES = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
+_CHUNK_BYTES = 2**22  # of images decoded by one task
 _HEADER_BYTES = 128  # of a .npy file; numpy pads the header of any shape of ours to this length
-
-
-_SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}  # by lower-case name
 
 
 # Folders
 
 
-class Picture(NamedTuple):
+class ImageFile(NamedTuple):
     path: str
     label: int
-    stat: tuple[int, ...]  # size and time of change
+    key: tuple  # path below the split's folder, size in bytes, time of change: what the cache knows it by
 
 
-def _is_hidden(name: str) -> bool:
-    return name.startswith((".", "__"))
+def _scan(folder: str | Path) -> list[os.DirEntry]:
+    """What `folder` holds, without the hidden, in no order; InputError if it can't be read."""
+    try:
+        return [entry for entry in os.scandir(folder) if not entry.name.startswith((".", "__"))]
+    except OSError as error:
+        raise InputError(f"can't read the folder {folder}: {error.strerror}") from None
 
 
 def _is_folder(entry: os.DirEntry) -> bool:
@@ -52,14 +56,11 @@ def _is_folder(entry: os.DirEntry) -> bool:
 
 
 def find_classes(folder: str | Path) -> list[str]:
-    """Sorted names of the class folders in `folder`; hidden ones are none. InputError where there is none."""
+    """Sorted names of the class folders in `folder`, without hidden ones. InputError if there are none."""
     folder = Path(folder)
     if not os.path.isdir(folder):
         raise InputError(f"no folder {folder}; it should hold one folder of pictures for each class")
-    try:
-        names = sorted(entry.name for entry in os.scandir(folder) if _is_folder(entry) and not _is_hidden(entry.name))
-    except OSError as error:
-        raise InputError(f"can't read the folder {folder}: {error.strerror}") from None
+    names = sorted(entry.name for entry in _scan(folder) if _is_folder(entry))
     for name in names:
         if not name.isprintable():  # it would garble terminals, plots and CSV files
             raise InputError(f"the class folder {folder / name} has an unprintable name; rename it")
@@ -75,19 +76,18 @@ def find_splits(folder: str | Path) -> dict[str, Path]:
     such as one that itself holds class folders, or a missing one. Raises InputError if one split is there twice.
     """
     found: dict[str, Path] = {}
-    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name) if os.path.isdir(folder) else ():
-        split = _SPLITS.get(entry.name.lower())
+    for entry in sorted(_scan(folder), key=lambda entry: entry.name) if os.path.isdir(folder) else ():
+        split = SPLIT_NAMES.get(entry.name.lower())
         if split and _is_folder(entry):
             if split in found:
-                raise InputError(
-                    f"{folder} holds {found[split].name}/ and {entry.name}/, both of them {split}; keep one"
-                )
+                names = f"{found[split].name}/ and {entry.name}/"
+                raise InputError(f"{folder} holds {names}, both of them {split}; keep one")
             found[split] = Path(entry.path)
     return {split: found[split] for split in ("train", "val", "test") if split in found}
 
 
 def walk_pictures(folder: str | Path) -> list[os.DirEntry]:
-    """Files below `folder` that are pictures by their ending, sorted by path; links are followed, loops are not."""
+    """Files below `folder` that are images by their ending, sorted by path; links are followed, loops are not."""
     found, folders, seen = [], [str(folder)], set()
     while folders:
         current = folders.pop()
@@ -95,13 +95,7 @@ def walk_pictures(folder: str | Path) -> list[os.DirEntry]:
         if real in seen:
             continue
         seen.add(real)
-        try:
-            entries = list(os.scandir(current))
-        except OSError as error:
-            raise InputError(f"can't read the folder {current}: {error.strerror}") from None
-        for entry in entries:
-            if _is_hidden(entry.name):
-                continue
+        for entry in _scan(current):
             if _is_folder(entry):
                 folders.append(entry.path)
             elif os.path.splitext(entry.name)[1].lower() in EXTENSIONS:
@@ -109,10 +103,10 @@ def walk_pictures(folder: str | Path) -> list[os.DirEntry]:
     return sorted(found, key=lambda entry: entry.path)
 
 
-def list_pictures(folder: str | Path, class_names: list[str]) -> list[Picture]:
-    """Every picture of every class folder in `folder`, in the order of `class_names`, then by path.
+def list_images(folder: str | Path, class_names: list[str]) -> list[ImageFile]:
+    """Every image of every class folder in `folder`, by the class folder's name, then by path.
 
-    Raises InputError for a class folder without pictures, and for one that is not in `class_names`.
+    Raises InputError for a class folder without images, and for one that is not in `class_names`.
     """
     found = find_classes(folder)
     if not set(found) <= set(class_names):
@@ -120,19 +114,18 @@ def list_pictures(folder: str | Path, class_names: list[str]) -> list[Picture]:
             f"classes differ: {folder} has {found}, but train/ or the network has "
             f"{class_names}; rename {sorted(set(found) - set(class_names))}, or train a network that knows them"
         )
-    pictures = []
+    images = []
     for name in found:
-        label = class_names.index(name)
-        entries = walk_pictures(Path(folder) / name)
+        class_folder = str(Path(folder) / name)
+        entries, start = walk_pictures(class_folder), len(class_folder) - len(name)
         if not entries:
-            raise InputError(f"the class folder {Path(folder) / name} holds no pictures; fill or remove it")
+            raise InputError(f"the class folder {class_folder} holds no pictures; fill or remove it")
         for entry in entries:
-            try:
-                info = entry.stat()
-                pictures.append(Picture(entry.path, label, (info.st_size, info.st_mtime_ns)))
-            except OSError:  # a dangling link is listed, so that decoding names it
-                pictures.append(Picture(entry.path, label, ()))
-    return pictures
+            key = [entry.path[start:]]
+            with contextlib.suppress(OSError):  # a dangling link is listed, so that decoding names it
+                key += [entry.stat().st_size, entry.stat().st_mtime_ns]
+            images.append(ImageFile(entry.path, class_names.index(name), tuple(key)))
+    return images
 
 
 def default_cache_dir() -> Path:
@@ -147,13 +140,16 @@ def default_cache_dir() -> Path:
 
 
 def is_sample_set(paths: list[str]) -> bool:
-    """Whether all pictures are the drawings that come with the project, told by their names."""
+    """Whether all images are the drawings that come with the project, told by their names."""
     return all(os.path.basename(path).startswith(SAMPLE_PREFIX) for path in paths)
 
 
-def hash_pixels(picture: np.ndarray) -> str:
+def hash_pixels(image: np.ndarray) -> str:
     """16 hexadecimal digits of a contiguous uint8 array."""
-    return hashlib.blake2b(picture, digest_size=8).hexdigest()
+    return hashlib.blake2b(image, digest_size=8).hexdigest()
+
+
+# A split and its cache
 
 
 class FolderImages:
@@ -181,123 +177,141 @@ class FolderImages:
     ):
         self.folder, self.spec, self.notes = Path(folder), spec, []
         self.class_names = class_names or find_classes(folder)
-        listed = list_pictures(folder, self.class_names)
+        listed = list_images(folder, self.class_names)
         self.images, info = self._load_or_build(listed, Path(cache_dir or default_cache_dir()))
         self.digests = info["digests"]
-        self.unreadable = {listed[int(row)].path: reason for row, reason in info["unreadable"].items()}
-        kept = [picture for row, picture in enumerate(listed) if str(row) not in info["unreadable"]]
-        self.paths = [picture.path for picture in kept]
-        self.labels = np.array([picture.label for picture in kept], dtype=np.int64)
-        self._report_unreadable(strict, {picture.label for picture in listed})
+        self.unreadable = {listed[row].path: reason for row, reason in info["unreadable"].items()}
+        kept = [image for row, image in enumerate(listed) if row not in info["unreadable"]]
+        self.paths = [image.path for image in kept]
+        self.labels = np.array([image.label for image in kept], dtype=np.int64)
+        self._report_unreadable(strict, listed)
 
     def __len__(self) -> int:
         return len(self.paths)
 
-    def _report_unreadable(self, strict: bool, expected: set[int]) -> None:
-        lines = [f"can't read {printable(path)}: {reason}" for path, reason in self.unreadable.items()]
+    def _report_unreadable(self, strict: bool, listed: list[ImageFile]) -> None:
+        lines = {path: f"can't read {printable(path)}: {reason}" for path, reason in self.unreadable.items()}
         if strict and lines:
-            raise InputError(f"{lines[0]} (--strict stops at the first of {len(lines)}; mend or remove it)")
-        for label in sorted(expected - set(self.labels.tolist())):
-            name = printable(self.folder / self.class_names[label])
-            raise InputError(f"no picture in {name} can be read, so the class is empty; for example, {lines[0]}")
+            first = next(iter(lines.values()))
+            raise InputError(f"{first} (--strict stops at the first of {len(lines)}; mend or remove it)")
+        readable = set(self.labels.tolist())
+        for image in listed:
+            if image.label not in readable:
+                name = self.folder / self.class_names[image.label]
+                reason = f"so the class is empty; for example, {lines[image.path]}"
+                raise InputError(f"no picture in {name} can be read, {reason}")
         if lines:
-            self.notes += lines[:50] + [f"... and {len(lines) - 50} more"] * (len(lines) > 50)
-            self.notes.append(f"left out {len(lines)} of {len(lines) + len(self)} pictures in {printable(self.folder)}")
+            self.notes += [*lines.values()][:50] + [f"... and {len(lines) - 50} more"] * (len(lines) > 50)
+            self.notes.append(f"left out {len(lines)} of {len(listed)} pictures in {printable(self.folder)}")
 
-    def _load_or_build(self, listed: list[Picture], cache_dir: Path) -> tuple[np.ndarray, dict]:
-        """The images and {"shape", "digests", "unreadable"}, from the cache or decoded into it."""
+    def _load_or_build(self, listed: list[ImageFile], cache_dir: Path) -> tuple[np.ndarray, dict]:
+        """The images and {"shape", "digests", "unreadable"}, from the cache, or decoded into it or into memory."""
         path = cache_dir / self._cache_name(listed)
         try:
-            images, info = _read_cache(path)
-            paths = [listed[int(row)].path for row in info["unreadable"]]
+            images, info = _read_cache(path, len(listed))
+            paths = [listed[row].path for row in info["unreadable"]]
             again = decode_paths(paths, self.spec, self.spec.stored_channels)
             if all(isinstance(result, str) for result in again):  # else a disk or a permission was mended
                 return images, info
             del images  # Windows can't replace a file that is mapped
-        except (OSError, ValueError, KeyError, TypeError):
-            pass  # none yet, or a damaged one, which is rebuilt
+        except Exception:  # none yet, or a damaged one, which is rebuilt; JSON of another shape raises anything
+            pass
         try:
             cache_dir.mkdir(parents=True, exist_ok=True)
             self._write_cache(path, listed)
-            return _read_cache(path)
+            return _read_cache(path, len(listed))
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or error
-            self.notes.append(f"no cache in {cache_dir} ({reason}): this run keeps the pictures in memory")
-            rows: list[np.ndarray] = []
-            info = self._decode(listed, rows.append, rows.clear)
-            return np.stack(rows) if rows else np.zeros(info["shape"], np.uint8), info
+            self.notes.append(f"no cache in {printable(cache_dir)} ({reason}): this run keeps the pictures in memory")
+            file = io.BytesIO()
+            info = self._write_images(file, listed)
+            return np.frombuffer(file.getbuffer(), np.uint8, offset=_HEADER_BYTES).reshape(info["shape"]), info
 
-    def _cache_name(self, listed: list[Picture]) -> str:
+    def _cache_name(self, listed: list[ImageFile]) -> str:
         """FOLDER-SPEC-FILES.npy: a hash of each, so that stale ones of the same folder and spec can be told."""
-        folder = os.path.realpath(self.folder)
-        files = [CACHE_VERSION, *((os.path.relpath(picture.path, self.folder), *picture.stat) for picture in listed)]
+        files = [CACHE_VERSION, *(image.key for image in listed)]
         spec = (self.spec.image_size, self.spec.stored_channels)
-        parts = [os.fsencode(folder), repr(spec).encode(), repr(files).encode("utf-8", "surrogateescape")]
+        parts = [os.fsencode(os.path.realpath(self.folder)), repr(spec).encode(), repr(files).encode()]
         return "-".join(hashlib.sha256(part).hexdigest()[:16] for part in parts) + ".npy"
 
-    def _write_cache(self, path: Path, listed: list[Picture]) -> None:
-        """Decodes into `path`, with all else in the JSON file next to it.
+    def _write_cache(self, path: Path, listed: list[ImageFile]) -> None:
+        """Decodes into `path` and the JSON file next to it; a cache is valid if both are there and agree.
+
+        Processes that build the same cache at once write the same, so it does not matter which one is first.
+        """
+        unique = uuid.uuid4().hex  # not the process's number: containers that share a folder share those
+        temporary = {suffix: path.with_suffix(f".{unique}{suffix}.tmp") for suffix in (".npy", ".json")}
+        try:
+            with temporary[".npy"].open("wb") as file:
+                info = self._write_images(file, listed)
+                file.flush()
+                os.fsync(file.fileno())  # a power cut must not leave zeros of the right size
+            temporary[".json"].write_text(json.dumps(info), encoding="utf-8")
+            for suffix, source in temporary.items():
+                with contextlib.suppress(PermissionError):  # Windows, if another run was first and has it open
+                    os.replace(source, path.with_suffix(suffix))
+        finally:
+            for source in temporary.values():
+                source.unlink(missing_ok=True)
+        _remove_stale(path)
+
+    def _write_images(self, file: BinaryIO, listed: list[ImageFile]) -> dict:
+        """Writes the readable images to `file` as .npy does and returns the cache's info.
 
         The pixels go through write(), which reports a full disk; a memory map would end the process there.
         """
-        temporary, info_path = path.with_suffix(f".{os.getpid()}.tmp"), path.with_suffix(".json")
-        try:
-            with temporary.open("wb") as file:
-                file.seek(_HEADER_BYTES)
-                info = self._decode(listed, file.write, lambda: file.truncate(file.seek(_HEADER_BYTES)))
-                file.seek(0)
-                header = {"descr": "|u1", "fortran_order": False, "shape": tuple(info["shape"])}
-                np.lib.format.write_array_header_1_0(file, header)
-            info_path.unlink(missing_ok=True)  # the pixels are valid from the moment that it is there again
-            with contextlib.suppress(PermissionError):  # Windows, if another run was first and has it open
-                os.replace(temporary, path)
-            temporary.write_text(json.dumps(info), encoding="utf-8")
-            os.replace(temporary, info_path)
-        finally:
-            temporary.unlink(missing_ok=True)
-        _remove_stale(path)
+        info = self._decode(file, listed, 1) or self._decode(file, listed, self.spec.stored_channels)
+        file.seek(0)
+        file.write(_header(info["shape"]))
+        return info
 
-    def _decode(self, listed: list[Picture], add: Callable, start_over: Callable) -> dict:
-        """Calls `add` with the pixels of each readable image, uint8 (C, H, W), in order; returns the cache's info.
-
-        C is 1 until the first color image; then `start_over` is called, and all are decoded again.
-        """
-        for channels in dict.fromkeys((1, self.spec.stored_channels)):
-            start_over()
-            info = {"unreadable": {}, "digests": []}
-            if self._decode_with(listed, add, info, channels):
-                break
-        return info | {"shape": [len(info["digests"]), channels, self.spec.image_size, self.spec.image_size]}
-
-    def _decode_with(self, listed: list[Picture], add: Callable, info: dict, channels: int) -> bool:
-        """False at the first image that needs more `channels`."""
+    def _decode(self, file: BinaryIO, listed: list[ImageFile], channels: int) -> dict | None:
+        """Writes the pixels, uint8 (`channels`, H, W), in order; None at the first image that needs more channels."""
+        file.seek(_HEADER_BYTES)
+        file.truncate()
+        digests, unreadable = [], {}
         title = f"decoding {printable(self.folder.name)}"
         with tqdm(total=len(listed), desc=title, unit="img", leave=False, disable=None) as bar:
             size = min(256, 1 + _CHUNK_BYTES // (channels * self.spec.image_size**2))
-            paths = [picture.path for picture in listed]
+            paths = [image.path for image in listed]
             for start, results in in_chunks(paths, lambda chunk: decode_paths(chunk, self.spec, channels), size):
                 for row, result in enumerate(results, start):
                     if result is None:
-                        return False
+                        return None
                     if isinstance(result, str):
-                        info["unreadable"][str(row)] = result
+                        unreadable[row] = result
                     else:
-                        info["digests"].append(hash_pixels(result))
-                        add(result)
+                        digests.append(hash_pixels(result))
+                        file.write(result)
                 bar.update(len(results))
-        return True
+        shape = (len(digests), channels, self.spec.image_size, self.spec.image_size)
+        return {"shape": shape, "digests": digests, "unreadable": unreadable}
 
 
-def _read_cache(path: Path) -> tuple[np.ndarray, dict]:
-    """The memory-mapped images and their info; reads no pixels. OSError or ValueError if missing or damaged."""
+def _header(shape: tuple[int, ...]) -> bytes:
+    """The first _HEADER_BYTES of a .npy file of uint8."""
+    file = io.BytesIO()
+    np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
+    return file.getvalue()
+
+
+def _read_cache(path: Path, count: int) -> tuple[np.ndarray, dict]:
+    """The memory-mapped images and the info of a cache of `count` files; reads no pixels.
+
+    OSError if it is missing, ValueError, KeyError, AttributeError or TypeError if it is damaged.
+    """
     info = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+    info["unreadable"] = {int(row): reason for row, reason in info["unreadable"].items()}
     shape = tuple(info["shape"])
-    if path.stat().st_size != _HEADER_BYTES + np.prod(shape, dtype=int) or len(info["digests"]) != shape[0]:
-        raise ValueError("the cache is damaged")
-    images = np.lib.format.open_memmap(path, mode="r")
-    if images.shape != shape or images.dtype != np.uint8:
-        raise ValueError("the cache is damaged")
-    return images, info
+    with path.open("rb") as file:
+        is_whole = file.read(_HEADER_BYTES) == _header(shape) and (
+            os.fstat(file.fileno()).st_size == _HEADER_BYTES + math.prod(shape)
+            and shape[0] == len(info["digests"]) == count - len(info["unreadable"])
+            and all(0 <= row < count for row in info["unreadable"])
+        )
+        if not is_whole:
+            raise ValueError("the cache is damaged")
+        return np.memmap(file, np.uint8, "r", _HEADER_BYTES, shape), info
 
 
 def _remove_stale(path: Path) -> None:

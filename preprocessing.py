@@ -1,7 +1,7 @@
-"""Pictures to uint8 arrays, and these to what a network eats. Training, prediction and export all decode here.
+"""Image file -> uint8 pixels -> network input: the one path that training, prediction and export share.
 
-picture = read_image("photo.jpg", InputSpec())              # uint8 (C, H, W)
-inputs = to_input(torch.from_numpy(picture)[None], InputSpec())     # float32 (1, C, H, W), normalised
+image = read_image("photo.jpg", InputSpec())                    # uint8 (C, H, W)
+inputs = to_input(torch.from_numpy(image)[None], InputSpec())   # float32 (1, C, H, W), normalized
 """
 
 import contextlib
@@ -22,16 +22,16 @@ from models import InputSpec
 
 READABLE = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM")  # Pillow knows others, some of which start programs
 MAX_BYTES = 512 * 2**20
-MAX_PIXELS = 100_000_000  # pictures of more are refused before decoding: they would take over 300 MB each
+MAX_PIXELS = 100_000_000  # larger images are refused before decoding: they would take over 300 MB each
 _GRAY_MODES = {"1", "L", "LA", "La", "I", "I;16", "I;16B", "I;16L", "I;16N"}
-_SMALL_FILE = 5_000  # bytes; measured: two threads decode smaller pictures slower than one
+_SMALL_FILE = 5_000  # bytes; measured: two threads decode smaller files slower than one
 
 
 def read_image(source, spec: InputSpec) -> np.ndarray:
-    """A picture as uint8 (C, H, W), 0-255, resized to `spec`; C is `spec.stored_channels`.
+    """An image as uint8 (C, H, W), 0-255, resized to `spec`; C is `spec.stored_channels`.
 
     `source` is a path, a PIL image, or a uint8 array (H, W, 3) in RGB order or (H, W). EXIF rotation is applied,
-    transparency is laid on white, 16 bits are reduced to 8, an animation counts as its first frame. Raises
+    transparency becomes white, 16 bits are reduced to 8, an animation counts as its first frame. Raises
     InputError (a ValueError) with the file's name for whatever can't be decoded in full.
     """
     with _named_errors(source):
@@ -39,7 +39,7 @@ def read_image(source, spec: InputSpec) -> np.ndarray:
 
 
 def read_whole(source) -> np.ndarray:
-    """A picture at its own size as uint8 (H, W, 3) in RGB order; `source` and errors are those of read_image."""
+    """An image at its own size as uint8 (H, W, 3) in RGB order; `source` and errors are those of read_image."""
     with _named_errors(source):
         if isinstance(source, np.ndarray) and source.ndim == 3:
             return _check_array(source)
@@ -48,16 +48,19 @@ def read_whole(source) -> np.ndarray:
 
 @contextlib.contextmanager
 def _named_errors(source):
-    """Makes an InputError of whatever goes wrong, with the name of `source` where it is a file."""
+    """Makes an InputError of whatever goes wrong, with the name of `source` if it is a file."""
     try:
         yield
     except (InputError, MemoryError):
         raise
     except Exception as error:  # decoders raise anything from SyntaxError to struct.error on damaged files
         name = printable(source) if isinstance(source, str | os.PathLike) else "the picture"
-        text = getattr(error, "strerror", None) or str(error)  # without the number and the name again
-        reason = printable(text).split(" <", 1)[0] or type(error).__name__
-        raise InputError(f"can't read {name}: {reason}") from None
+        raise InputError(f"can't read {name}: {_reason_of(error)}") from None
+
+
+def _reason_of(error: Exception) -> str:
+    text = getattr(error, "strerror", None) or str(error)  # without the number and the name again
+    return printable(text).split(" <", 1)[0] or type(error).__name__
 
 
 def _open(source) -> Image.Image:
@@ -81,7 +84,7 @@ def _open(source) -> Image.Image:
     image = Image.open(io.BytesIO(content), formats=READABLE)
     if image.width * image.height > MAX_PIXELS:
         raise ValueError(f"{image.width} x {image.height} pixels are more than the {MAX_PIXELS:,} that are allowed")
-    if image.format == "PNG":  # whose checksums Pillow leaves alone when it decodes
+    if image.format == "PNG":  # whose checksums Pillow does not check when it decodes
         Image.open(io.BytesIO(content), formats=("PNG",)).verify()
     return image
 
@@ -95,7 +98,7 @@ def _check_array(array: np.ndarray) -> np.ndarray:
 
 
 def _to_upright(image: Image.Image, channels: int) -> Image.Image:
-    """Whole, in mode L or RGB, as its EXIF rotation says."""
+    """Decoded in full, in mode L or RGB, turned by its EXIF rotation."""
     image.load()
     if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
         image = ImageOps.exif_transpose(image)
@@ -120,7 +123,7 @@ def _to_pixels(image: Image.Image, spec: InputSpec, channels: int) -> np.ndarray
 
 
 def normalize(images: torch.Tensor, spec: InputSpec) -> torch.Tensor:
-    """float32 (N, C, H, W) in 0-1 -> what the network eats: normalised, one gray channel expanded to three."""
+    """float32 (N, C, H, W) in 0-1 -> float32 (N, spec.channels, H, W), normalized; one gray channel becomes three."""
     channels = images.unbind(1) * (spec.channels // images.shape[1])
     # Plain numbers, because a tensor of them would have to be copied to the device for every batch.
     parts = [(part - mean) / std for part, mean, std in zip(channels, spec.mean, spec.std, strict=True)]
@@ -128,7 +131,7 @@ def normalize(images: torch.Tensor, spec: InputSpec) -> torch.Tensor:
 
 
 def to_input(images: torch.Tensor, spec: InputSpec) -> torch.Tensor:
-    """uint8 (N, C, H, W), 0-255 -> float32 (N, spec.channels, H, W), scaled and normalised."""
+    """uint8 (N, C, H, W), 0-255 -> float32 (N, spec.channels, H, W), scaled to 0-1 and normalized."""
     return normalize(images.float() / 255, spec)
 
 
@@ -142,7 +145,7 @@ def to_uint8(inputs: torch.Tensor, spec: InputSpec) -> torch.Tensor:
 
 
 def decode_paths(paths: list[str], spec: InputSpec, channels: int) -> list:
-    """For each picture its pixels, or a str that says why it can't be read, or None: it has a colour too many."""
+    """For each image its pixels, or a str, the reason why it can't be read; [None] if one needs more `channels`."""
     results = []
     for path in paths:
         try:
@@ -153,7 +156,7 @@ def decode_paths(paths: list[str], spec: InputSpec, channels: int) -> list:
         except MemoryError:
             raise
         except Exception as error:  # as in read_image
-            results.append(printable(error).split(" <", 1)[0] if str(error) else type(error).__name__)
+            results.append(_reason_of(error))
     return results
 
 
@@ -162,8 +165,8 @@ def in_chunks(
 ) -> Iterator[tuple[int, Any]]:
     """Yields (start, decode(sources[start : start + size])) in order; threads decode a few chunks ahead.
 
-    `ahead` is how many sources these are at least, enough to go on while whoever asks is busy; `workers` how many
-    threads, where it is not left to the size of the files.
+    `ahead` is the least number of sources decoded ahead, so that decoding goes on while the caller works; `workers` is
+    the number of threads, by default chosen by the size of the files.
     """
     if len(sources) <= 1:
         yield from [(0, decode(sources))] * len(sources)

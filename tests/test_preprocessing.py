@@ -1,0 +1,326 @@
+"""Decoding: every kind of file becomes the same pixels everywhere, and what is damaged is refused by name."""
+
+import io
+import itertools
+import os
+import threading
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from conftest import draw_picture, refusal
+from PIL import Image
+
+import preprocessing
+from errors import printable
+from models import InputSpec
+from preprocessing import normalize, read_image, to_input
+
+GRAY = InputSpec(image_size=24)
+COLOR = InputSpec(24, 3, (0.5,) * 3, (0.5,) * 3)
+GRAY3 = InputSpec(24, 3, (0.5,) * 3, (0.5,) * 3, gray=True)
+WHITE = (255, 255, 255)
+
+
+def saved(image, path, **options):
+    image.save(path, **options)
+    return path
+
+
+# Kinds of files
+
+
+@pytest.mark.parametrize("ending", ["png", "bmp", "tif", "webp", "ppm"])
+def test_an_image_at_its_size_is_unchanged(ending, tmp_path):
+    options = {"lossless": True} if ending == "webp" else {}
+    gray, color = (saved(draw_picture(1, 24, mode), tmp_path / f"{mode}.{ending}", **options) for mode in ("L", "RGB"))
+    pixels, expected = read_image(gray, GRAY), np.asarray(draw_picture(1, 24))[None].astype(int)
+    assert pixels.dtype == np.uint8 and pixels.shape == (1, 24, 24)
+    assert np.abs(pixels - expected).max() <= (1 if ending == "webp" else 0)
+    assert np.array_equal(read_image(gray, COLOR), pixels.repeat(3, 0))
+    pixels = read_image(color, COLOR)
+    assert pixels.shape == (3, 24, 24) and pixels.flags.c_contiguous
+    assert np.array_equal(pixels, np.asarray(draw_picture(1, 24, "RGB")).transpose(2, 0, 1))  # RGB, not BGR
+
+
+@pytest.mark.parametrize("spec", [GRAY, GRAY3], ids=["one channel", "gray of three"])
+def test_a_gray_model_sees_a_color_image_as_pillow_grays_it(spec, tmp_path):
+    image = draw_picture(3, 24, "RGB")
+    pixels = read_image(saved(image, tmp_path / "a.png"), spec)
+    assert np.array_equal(pixels, np.asarray(image.convert("L"))[None])
+    images = to_input(torch.tensor(pixels[None]), spec)
+    assert images.shape == (1, spec.channels, 24, 24)
+    assert all(torch.equal(images[:, 0], images[:, channel]) for channel in range(spec.channels))
+
+
+def test_the_aspect_ratio_is_not_kept(tmp_path):
+    image = Image.fromarray(np.repeat(np.array([[0, 255]], np.uint8), 40, 1).repeat(10, 0))  # 80 x 10, left half black
+    pixels = read_image(saved(image, tmp_path / "a.png"), GRAY)[0]
+    assert pixels[:, :11].max() == 0 and pixels[:, 13:].min() == 255
+    assert np.array_equal(pixels, np.asarray(image.resize((24, 24), Image.Resampling.BILINEAR)))
+    for size in ((1, 1), (1, 500), (500, 1)):
+        path = saved(Image.new("RGB", size, (10, 20, 30)), tmp_path / "a.png")
+        assert (read_image(path, COLOR) == np.array([10, 20, 30]).reshape(3, 1, 1)).all()
+
+
+def halves(left, right, mode="RGB", palette=None):
+    """24 x 24, each half of one color."""
+    image = Image.new(mode, (24, 24), left)
+    image.paste(right, (12, 0, 24, 24))
+    if palette:
+        image.putpalette(palette)
+    return image
+
+
+PALETTE = halves(1, 2, "P", [0, 0, 0, 10, 200, 30, 50, 60, 70])
+
+
+@pytest.mark.parametrize(
+    ("name", "image", "options", "left", "right"),
+    [
+        ("transparent.png", halves((200, 0, 0, 255), (0, 0, 0, 0), "RGBA"), {}, (200, 0, 0), WHITE),
+        ("translucent.png", halves((0, 0, 0, 127), (0, 0, 0, 51), "RGBA"), {}, (128,) * 3, (204,) * 3),
+        ("gray_alpha.png", halves((77, 255), (77, 0), "LA"), {}, (77,) * 3, WHITE),
+        ("palette.png", PALETTE, {}, (10, 200, 30), (50, 60, 70)),
+        ("palette_alpha.png", PALETTE, {"transparency": 2}, (10, 200, 30), WHITE),
+        ("palette_alpha.gif", PALETTE, {"transparency": 2}, (10, 200, 30), WHITE),
+        ("key.png", halves((10, 20, 30), (50, 60, 70)), {"transparency": (50, 60, 70)}, (10, 20, 30), WHITE),
+        ("gray_key.png", halves(10, 50, "L"), {"transparency": 50}, (10,) * 3, WHITE),
+        *[(f"bits.{ending}", halves(0, 1, "1"), {}, (0,) * 3, WHITE) for ending in ("png", "tif", "bmp", "pbm")],
+        ("cmyk.jpg", halves((0, 255, 255, 0), (255, 255, 0, 0), "CMYK"), {"quality": 100}, (255, 0, 0), (0, 0, 255)),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_transparency_palettes_bits_and_cmyk(name, image, options, left, right, tmp_path):
+    path = saved(image, tmp_path / name, **options)
+    for spec in (COLOR, GRAY):
+        pixels = read_image(path, spec).astype(int)
+        for half, color in ((pixels[:, :, :10], left), (pixels[:, :, 14:], right)):
+            expected = read_image(Image.new("RGB", (24, 24), color), spec)[:, :, :10]
+            assert np.abs(half - expected).max() <= (12 if name.endswith("jpg") else 0), half[:, 0, 0]
+
+
+@pytest.mark.parametrize("ending", ["png", "tif", "pgm"])
+def test_sixteen_bits_are_scaled_not_clipped(ending, tmp_path):
+    values = np.repeat(np.array([[0, 128 * 257, 65535]], np.uint16), 8, 1).repeat(24, 0)
+    values[0] = 300  # a clip at 255 would make it white
+    paths = [saved(Image.fromarray(values), tmp_path / f"a.{ending}"), tmp_path / "big-endian.tif"]
+    with paths[1].open("wb") as file:
+        Image.frombytes("I;16B", (24, 24), values.astype(">u2").tobytes()).save(file, "TIFF")
+    for path, spec in itertools.product(paths, (GRAY, COLOR)):
+        pixels = read_image(path, spec)
+        assert (pixels[:, 0] == 1).all()
+        assert [pixels[0, 5, column] for column in (3, 11, 20)] == [0, 128, 255]
+
+
+@pytest.mark.parametrize("mode", ["YCbCr", "HSV", "RGBX", "RGBa", "PA"])
+@pytest.mark.parametrize("spec", [GRAY, COLOR], ids=["gray", "color"])
+def test_pil_images_of_rare_modes(mode, spec):
+    image = draw_picture(1, 24, {"RGBa": "RGBA", "PA": "P"}.get(mode, "RGB"))
+    pixels = read_image(image.convert(mode), spec)
+    assert np.abs(pixels.astype(int) - read_image(image, spec)).mean() < 4  # HSV and YCbCr round
+
+
+@pytest.mark.parametrize("ending", ["jpg", "png", "webp", "tif"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_every_exif_orientation(ending, orientation, tmp_path):
+    upright = draw_picture(5, 24, "RGB").resize((40, 24), Image.Resampling.NEAREST)
+    undo = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}  # Image.Transpose that stores `upright` so that it is turned
+    stored = upright.transpose(Image.Transpose(undo[orientation])) if orientation > 1 else upright
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    lossy = {"jpg": {"quality": 100, "subsampling": 0}, "webp": {"lossless": True}}.get(ending, {})
+    pixels = read_image(saved(stored, tmp_path / f"a.{ending}", exif=exif, **lossy), COLOR)
+    assert np.abs(pixels.astype(int) - read_image(upright, COLOR)).max() <= (8 if ending == "jpg" else 0)
+
+
+@pytest.mark.parametrize("exif", [b"Exif\0\0rubbish", b"Exif\0\0", b"Exif\0\0II*\0\x08\0\0\0\xff\xff"])
+def test_an_image_with_damaged_exif_is_read(exif, tmp_path):
+    image = draw_picture(5, 24)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        pixels = read_image(saved(image, tmp_path / "a.jpg", exif=exif, quality=100), GRAY)
+    assert np.abs(pixels[0].astype(int) - np.asarray(image)).mean() < 4
+
+
+@pytest.mark.parametrize("ending", ["gif", "webp", "tif", "png"])
+def test_an_animation_counts_as_its_first_frame(ending, tmp_path):
+    frames = [Image.new("RGB", (24, 24), color) for color in ("red", "lime", "blue")]
+    options = {"lossless": True} if ending == "webp" else {}
+    path = saved(frames[0], tmp_path / f"a.{ending}", save_all=True, append_images=frames[1:], **options)
+    assert np.array_equal(read_image(path, COLOR), read_image(frames[0], COLOR))
+
+
+def test_arrays_and_pil_images_are_read_as_files_are_and_left_alone(tmp_path):
+    image = draw_picture(4, 31, "RGB")
+    array, gray = np.array(image), image.convert("L")
+    expected = read_image(saved(image, tmp_path / "a.png"), COLOR)
+    for source in (image, array):
+        assert np.array_equal(read_image(source, COLOR), expected)
+        assert np.array_equal(read_image(source, GRAY), read_image(tmp_path / "a.png", GRAY))
+    for spec in (GRAY, COLOR):
+        assert np.array_equal(read_image(np.asarray(gray), spec), read_image(gray, spec))
+    flipped = array[:, ::-1]  # a view that is not contiguous
+    assert np.array_equal(read_image(flipped, COLOR), read_image(flipped.copy(), COLOR))
+    assert np.array_equal(array, np.asarray(image)) and image.mode == "RGB" and image.size == (31, 31)
+
+
+# Refusals
+
+
+def refused(source):
+    """The message that refuses an image, which names its file."""
+    message = refusal(read_image, source, GRAY)
+    assert "can't read" in message and "object at 0x" not in message
+    if isinstance(source, str | os.PathLike):
+        assert printable(os.path.basename(source)) in message
+    return message
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP", "PPM"])
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.8])
+def test_truncated_files_are_refused(kind, share, tmp_path):
+    buffer = io.BytesIO()
+    draw_picture(9, 64, "RGB").save(buffer, kind)
+    path = tmp_path / "cut.png"
+    path.write_bytes(buffer.getvalue()[: int(share * buffer.tell())])
+    refused(path)
+
+
+def test_what_is_no_image_file_is_refused(tmp_path):
+    (tmp_path / "empty.png").write_bytes(b"")
+    assert "empty" in refused(tmp_path / "empty.png")
+    (tmp_path / "text.jpg").write_text("no image\nat all")
+    refused(tmp_path / "text.jpg")
+    (tmp_path / "folder.png").mkdir()
+    assert "regular file" in refused(tmp_path / "folder.png")
+    assert refused(tmp_path / "missing.png").endswith("missing.png: No such file or directory")
+    for name, target in (("dangling.png", "nowhere"), ("round.png", "round.png")):
+        (tmp_path / name).symlink_to(target)
+        refused(tmp_path / name)
+    for name in ("Mümmé 日本.png", "a'b\"c  $.png", "new\nline.png", "-\x1b[31m.png"):
+        read_image(saved(draw_picture(1, 24), tmp_path / name), GRAY)
+        (tmp_path / name).write_bytes(b"x")
+        refused(str(tmp_path / name))
+    if hasattr(os, "mkfifo"):
+        os.mkfifo(tmp_path / "pipe.png")
+        assert "regular file" in refused(tmp_path / "pipe.png")  # without waiting for a writer
+    path = saved(Image.fromarray(np.ones((24, 24), np.float32)), tmp_path / "a.tif")
+    assert "floating-point" in refused(path)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        *[np.zeros((24, 24, 3), kind) for kind in (np.float64, np.float32)],
+        np.zeros((24, 24), bool),
+        *[np.zeros(shape, np.uint8) for shape in ((24, 24, 4), (3, 24, 24), (1, 24, 24, 3), (24,), (0, 0), (0, 5, 3))],
+        None,
+        b"bytes.png",
+        [1, 2],
+        torch.zeros(24, 24),
+    ],
+    ids=lambda source: f"{type(source).__name__}{getattr(source, 'shape', '')}",
+)
+def test_other_sources_are_refused(source):
+    refused(source)
+
+
+def test_more_pixels_than_allowed_are_refused_before_decoding(tmp_path, monkeypatch):
+    path = saved(Image.new("1", (10_001, 10_000)), tmp_path / "bomb.png")
+    assert path.stat().st_size < 100_000
+    assert "100,000,000" in refused(path)
+    monkeypatch.setattr(preprocessing, "MAX_PIXELS", 500)
+    read_image(saved(draw_picture(1, 22), tmp_path / "ok.png"), GRAY)
+    path = saved(draw_picture(1, 23), tmp_path / "large.png")
+    path.write_bytes(path.read_bytes()[:60])  # decoding would find it truncated
+    message = refused(path)
+    assert "23 x 23" in message and "500" in message
+
+
+def test_huge_files_are_refused_before_they_are_read(tmp_path):
+    with open(tmp_path / "huge.png", "wb") as file:
+        file.truncate(2**40)  # sparse: it takes no room
+    assert "bytes" in refused(tmp_path / "huge.png")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="puts a program on the path")
+def test_no_decoder_starts_a_program(tmp_path, monkeypatch):
+    """Pillow reads EPS by Ghostscript, whatever the file is called."""
+    program = tmp_path / "bin" / "gs"
+    program.parent.mkdir()
+    program.write_text(f"#!/bin/sh\ntouch {tmp_path / 'started'}\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(program.parent), prepend=os.pathsep)
+    content = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 48 48\n%%EndComments\n{} loop\n%%EOF\n"
+    (tmp_path / "photo.jpg").write_bytes(content)
+    refused(tmp_path / "photo.jpg")
+    assert not (tmp_path / "started").exists()
+
+
+# To the model
+
+
+@pytest.mark.parametrize(("stored", "channels"), [(1, 1), (1, 3), (3, 3)])
+def test_to_input_scales_and_normalizes_by_channel(stored, channels):
+    spec = InputSpec(8, channels, (0.1, 0.2, 0.3)[:channels], (0.5, 0.25, 2.0)[:channels])
+    images = torch.randint(0, 256, (2, stored, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in (spec.mean, spec.std))
+    inputs = to_input(images, spec)
+    assert inputs.dtype == torch.float32 and torch.equal(inputs, (images.float() / 255 - mean) / std)
+    assert torch.equal(normalize(images.float() / 255, spec), inputs)
+
+
+def test_printable_escapes_what_a_terminal_would_obey():
+    for text, shown in (
+        ("plain é 日本.png", "plain é 日本.png"),
+        ("a\nb\x00\x1b[31mred", r"a\nb\x00\x1b[31mred"),
+        ("caf\udce9\u202egnp.exe", r"caf\udce9\u202egnp.exe"),
+    ):
+        assert printable(text) == shown and shown.encode("utf-8")
+
+
+# Decoding ahead
+
+
+def write_files(folder, count, size):
+    paths = [folder / str(number) for number in range(count)]
+    for path in paths:
+        path.write_bytes(bytes(size))
+    return [str(path) for path in paths]
+
+
+@pytest.mark.parametrize("size", [10, 20_000])  # of a file: one decoder, or one for each CPU
+@pytest.mark.parametrize("count", [0, 1, 7, 8, 50])
+def test_chunks_come_in_order_and_whole(tmp_path, count, size):
+    sources = write_files(tmp_path, count, size)
+    chunks = list(preprocessing.in_chunks(sources, lambda chunk: [os.path.basename(path) for path in chunk], 7))
+    assert [start for start, _ in chunks] == list(range(0, count, 7))
+    assert [int(name) for _, names in chunks for name in names] == list(range(count))
+
+
+@pytest.mark.parametrize(("ahead", "expected"), [(0, 3), (9, 10)])
+def test_chunks_are_decoded_ahead_but_not_all_at_once(tmp_path, ahead, expected):
+    decoded, enough = [], threading.Event()
+
+    def decode(chunk):
+        decoded.extend(chunk)
+        if len(decoded) == expected:
+            enough.set()
+
+    chunks = preprocessing.in_chunks(write_files(tmp_path, 40, 10), decode, 1, ahead=ahead)
+    next(chunks)
+    next(chunks)
+    assert enough.wait(60)
+    chunks.close()
+    assert len(decoded) == expected
+
+
+def test_small_files_get_one_decoder_and_large_ones_many(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)  # whatever machine this is
+    for size, decoders in ((1_600, 1), (50_000, 4)):
+        folder = tmp_path / str(size)
+        folder.mkdir()
+        assert preprocessing._count_decoders(write_files(folder, 20, size)) == decoders
+    assert preprocessing._count_decoders([np.zeros((4, 4), np.uint8)] * 5) == 4
