@@ -336,7 +336,9 @@ def find_state_dict(loaded) -> dict[str, torch.Tensor] | None:
 
 
 def match_keys(state_dict: dict[str, torch.Tensor], own: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """`state_dict` under the names of `own`, in order, if its own differ but all shapes (the last layer's may not) agree.
+    """`state_dict` under the names of `own`, in order, if it has other names but tensors of the same shapes.
+
+    The last layer's shapes may differ. A state_dict that can't be renamed is returned as it is.
     """
     shapes, expected = ([value.shape for value in weights.values()] for weights in (state_dict, own))
     if state_dict.keys() == own.keys() or len(shapes) != len(expected) or shapes[:-2] != expected[:-2]:

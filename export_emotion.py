@@ -1,77 +1,105 @@
-"""Writes a trained network in formats that other programs read: ONNX, TorchScript, torch.export, safetensors.
+"""Exports a trained model to formats that other programs read: ONNX, TorchScript, torch.export, safetensors.
 
     python export_emotion.py --checkpoint best_emotion_model.pth
     python export_emotion.py --formats onnx --output-dir exported --data-dir DIR
-    python export_emotion.py --formats onnx --int8 --data-dir DIR       # also in whole numbers, calibrated on DIR/train
+    python export_emotion.py --formats onnx --int8 --data-dir DIR      # also in 8-bit integers, calibrated on DIR/train
 
-The programs take uint8 pictures (N, C, H, W) of any number N and give probabilities: scaling, normalisation,
+The programs take uint8 images (N, C, H, W), any number N of them, and return probabilities: scaling, normalization,
 temperature and softmax are inside. Each is compared with PyTorch before it is kept.
 """
 
-import argparse
 import json
 import os
-import statistics
 import tempfile
-import time
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from checkpoints import get_info, replace_file
-from console import ArgumentParser, make_output_dir, run_script
-from data import FolderImages
+from console import ArgumentParser, make_output_dir, number, run_script
+from data import FolderImages, find_splits
 from errors import InputError, printable
 from export.formats import (
     CONFIG_NAME,
     FORMATS,
-    INFO_NAME,
     Deployed,
+    export_model,
     is_exported,
     missing_packages,
-    read_exported,
-    to_stored,
+    sample_images,
 )
-from inference import open_model, predict_probs
-from models import InputSpec
+from export.quantize import CALIBRATION_IMAGES, INT8_NAME, measure, quantize
+from inference import open_model
+from models import ModelInfo
 
-TOLERANCE = 1e-4  # largest difference in probability from PyTorch's, in float32
-COMPARED = 256  # pictures
-CALIBRATION = 512
-INT8_NAME = "emotion_model.int8.onnx"
-QUANTIZED = ["Conv", "Gemm", "MatMul", "Add", "Mul", "Sigmoid", "MaxPool", "AveragePool", "GlobalAveragePool"]
+COMPARED = 256  # images
 
 
 def get_args_parser() -> ArgumentParser:
     parser = ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument(
-        "--checkpoint", metavar="PATH", help="(default: best_emotion_model.pth here, else weights/emotion_model.pth)"
-    )
-    parser.add_argument(
-        "--formats", metavar="NAMES", help=f"of {','.join(FORMATS)} (default: all whose packages are installed)"
-    )
-    parser.add_argument("--output-dir", metavar="DIR", default=".", help="where they are written (default: .)")
-    parser.add_argument(
+    add = parser.add_argument
+    add("--checkpoint", metavar="PATH", help="(default: best_emotion_model.pth here, else weights/emotion_model.pth)")
+    add("--formats", metavar="NAMES", help=f"any of {','.join(FORMATS)} (default: all whose packages are installed)")
+    add("--output-dir", default=".", metavar="DIR", help="for the files")
+    add(
         "--data-dir",
         metavar="DIR",
-        help="compare on pictures of its test/, val/ or train/, or of its own class folders (default: on seeded noise)",
+        help="compare on images of its test/, val/ or train/, or of its own class folders (default: on seeded noise)",
     )
-    parser.add_argument(
+    add(
         "--int8",
         action="store_true",
-        help=f"also write {INT8_NAME}, in whole numbers of 8 bits: "
-        "smaller, and faster where the processor multiplies in them; needs --data-dir",
+        help=f"also write {INT8_NAME}, in 8-bit integers: smaller, and faster if the processor multiplies in them; "
+        "needs --data-dir with train/ to calibrate on, and val/ or test/ to measure on",
     )
-    parser.add_argument(
-        "--max-drop", type=float, default=1.0, metavar="POINTS", help="of accuracy that --int8 may cost (default: 1.0)"
+    add(
+        "--max-drop",
+        type=number(float, 0),
+        default=1.0,
+        metavar="POINTS",
+        help="of accuracy that --int8 may cost",
     )
-    parser.add_argument("--cache-dir", metavar="DIR", help="keeps decoded pictures (default: the user's cache folder)")
+    add("--cache-dir", metavar="DIR", help="for decoded images (default: the user's cache folder)")
     return parser
 
 
-def pick_formats(text: str | None, needs_onnx: bool) -> list[str]:
-    """Names from --formats, or all that can be written here; InputError for one that can't."""
+def main(argv: list[str] | None = None) -> None:
+    args = get_args_parser().parse_args(argv)
+    names, output_dir = pick_formats(args.formats, needs_onnx=args.int8), Path(args.output_dir)
+    if args.int8 and "train" not in find_splits(args.data_dir or ""):
+        raise InputError("--int8 needs --data-dir with train/ to calibrate on, and val/ or test/ to measure on")
+    check_source(args.checkpoint, output_dir, names)
+    model, checkpoint = open_model(args.checkpoint, "cpu")
+    deployed = Deployed(model.to(memory_format=torch.contiguous_format).requires_grad_(False))
+    make_output_dir(output_dir)
+    check_config(output_dir, names)
+
+    images, compared = deployed.example(COMPARED), f"{COMPARED} images of noise"
+    if args.data_dir:
+        data = load_images(args.data_dir, ("test", "val", "train"), model.info, args.cache_dir)
+        own = sample_images(data, COMPARED)
+        images = torch.cat([own, images[len(own) :]])
+        rest = " and noise" if len(own) < COMPARED else ""
+        compared = f"{COMPARED} images, {len(own)} of {printable(data.folder.resolve().name)}/{rest}"
+    if args.int8:
+        train = load_images(args.data_dir, ("train",), model.info, args.cache_dir)
+        data = load_images(args.data_dir, ("val", "test"), model.info, args.cache_dir)
+
+    with tempfile.TemporaryDirectory(prefix=".export_", dir=output_dir) as folder:
+        for name in names:
+            paths, gap = export_model(name, deployed, get_info(checkpoint), images, Path(folder))
+            print(f"{describe(paths[0])}, largest difference in probability {gap:.1e} over {compared}")
+            keep(paths, output_dir)
+        if args.int8:
+            original, path = output_dir / FORMATS["onnx"][0], Path(folder, INT8_NAME)
+            quantize(original, path, sample_images(train, CALIBRATION_IMAGES))
+            compare_accuracy(original, path, data, args.max_drop)
+            keep([path], output_dir)
+    print(f"In {printable(output_dir.resolve())}")
+
+
+def pick_formats(text: str | None, *, needs_onnx: bool) -> list[str]:
+    """The names in --formats, or all that can be written here; InputError for one that can't."""
     names = list(dict.fromkeys(text.split(","))) if text else list(FORMATS)
     for name in names:
         if name not in FORMATS:
@@ -90,206 +118,64 @@ def pick_formats(text: str | None, needs_onnx: bool) -> list[str]:
     return chosen
 
 
-def load_pictures(data_dir: str | None, splits: tuple[str, ...], model, cache_dir: str | None) -> FolderImages | None:
-    """The first of `splits` that stands in `data_dir`, or the class folders that it holds itself."""
-    if data_dir is None:
-        return None
-    found = [Path(data_dir, name) for name in splits if os.path.isdir(Path(data_dir, name))]
-    if not found and any(os.path.isdir(Path(data_dir, name)) for name in ("train", "val", "test")):
-        raise InputError(f"--data-dir {data_dir} has no {' or '.join(splits)}/")
-    folder = found[0] if found else Path(data_dir)
-    return FolderImages(folder, model.info.input_spec, class_names=model.info.class_names, cache_dir=cache_dir)
-
-
-def draw_pictures(data: FolderImages, count: int, spec: InputSpec) -> torch.Tensor:
-    """`count` pictures uint8 (N, C, H, W) of `data`, or all where there are fewer."""
-    rows = np.random.default_rng(0).permutation(len(data))[:count]
-    return to_stored(torch.from_numpy(np.array(data.images[np.sort(rows)])), spec)
-
-
-@torch.inference_mode()
-def largest_difference(deployed: Deployed, other, images: torch.Tensor) -> float:
-    """In probability, between the network and what was made of it; in batches of 64, and the first picture alone."""
-    batches = [images[:1], *images.split(64)]
-    gaps = [(deployed(batch) - other(batch)).abs().max() for batch in batches]
-    return torch.stack(gaps).max().item()
-
-
-def describe_size(path: Path) -> str:
-    return f"{path.stat().st_size / 1e6:.1f} MB"
-
-
-def not_written(file: str, error: Exception) -> InputError:
-    reason = printable(" ".join(str(error).split())[:200]) or type(error).__name__
-    return InputError(f"{file} can't be written: {reason}")
-
-
-def export(name: str, deployed: Deployed, info: dict, images: torch.Tensor, what: str, folder: Path) -> list[Path]:
-    """Writes one format into `folder`, compares it on `images`, which are `what`, and says so; returns its files.
-
-    Raises InputError where it can't be written, and where it answers differently.
-    """
-    file, _, write = FORMATS[name]
-    path = folder / file
-    try:
-        write(deployed, info, path)
-    except Exception as error:  # exporters raise anything
-        raise not_written(file, error) from None
-    exported, _ = read_exported(path, trust=True)
-    gap = largest_difference(deployed, Deployed(exported) if name == "safetensors" else exported.probs, images)
-    if not gap <= TOLERANCE:
-        raise InputError(f"{file} answers differently from PyTorch, by {gap:.1g} in probability; it was not kept")
-    print(f"{file}: {describe_size(path)}, largest difference in probability {gap:.1e} over {what}")
-    return [path, path.with_name(CONFIG_NAME)] if name == "safetensors" else [path]
-
-
-# Whole numbers
-
-
-def quantize(source: Path, target: Path, pictures: torch.Tensor) -> None:
-    """Static quantisation by onnxruntime: weights per channel and activations in 8 bits, ranges from `pictures`."""
-    import logging
-
-    import onnx
-    from onnxruntime import quantization
-    from onnxruntime.quantization.shape_inference import quant_pre_process
-
-    class Reader(quantization.CalibrationDataReader):
-        def __init__(self):
-            self.batches = iter(pictures.split(64))
-
-        def get_next(self):
-            batch = next(self.batches, None)
-            return None if batch is None else {"images": batch.numpy()}
-
-    logging.disable(logging.WARNING)
-    try:
-        prepared = target.with_suffix(".prepared")
-        quant_pre_process(str(source), str(prepared), skip_symbolic_shape=True)
-        quantization.quantize_static(
-            str(prepared),
-            str(target),
-            Reader(),
-            per_channel=True,
-            activation_type=quantization.QuantType.QUInt8,  # with signed ones x86 takes over twice as long as in float
-            weight_type=quantization.QuantType.QInt8,
-            op_types_to_quantize=QUANTIZED,
-        )
-    finally:
-        logging.disable(logging.NOTSET)
-    text = {prop.key: prop.value for prop in onnx.load(str(source)).metadata_props}[INFO_NAME]
-    program = onnx.load(str(target))
-    onnx.helper.set_model_props(program, {INFO_NAME: text})
-    onnx.save(program, str(target))
-
-
-def measure(model, data: FolderImages) -> tuple[float, float]:
-    """Accuracy on `data` as a fraction, and milliseconds a picture one at a time."""
-    images, labels = torch.from_numpy(np.array(data.images)), torch.from_numpy(np.array(data.labels))
-    right = [
-        (predict_probs(model, part).argmax(1) == own).sum()
-        for part, own in zip(images.split(256), labels.split(256), strict=True)
-    ]
-    times = []
-    for index in range(60):
-        start = time.perf_counter()
-        predict_probs(model, images[index % len(images)][None])
-        times.append(time.perf_counter() - start)
-    return torch.stack(right).sum().item() / len(labels), 1000 * statistics.median(times[10:])
-
-
-def load_for_int8(model, args: argparse.Namespace) -> tuple[torch.Tensor, FolderImages]:
-    """Pictures uint8 (N, C, H, W) of train/ to calibrate on, and val/ or test/ to measure on."""
-    if not os.path.isdir(Path(args.data_dir, "train")):
-        raise InputError(f"--int8: no folder {Path(args.data_dir, 'train')} to calibrate on")
-    calibration = load_pictures(args.data_dir, ("train",), model, args.cache_dir)
-    data = load_pictures(args.data_dir, ("val", "test"), model, args.cache_dir)
-    return draw_pictures(calibration, CALIBRATION, model.info.input_spec), data
-
-
-def export_int8(source: Path, calibration: torch.Tensor, data: FolderImages, max_drop: float, folder: Path) -> Path:
-    """The ONNX file in whole numbers, in `folder`; InputError where it costs more accuracy than `max_drop` points."""
-    path = folder / INT8_NAME
-    try:
-        quantize(source, path, calibration)
-    except Exception as error:  # like exporters
-        raise not_written(INT8_NAME, error) from None
-    measured = [measure(read_exported(file)[0], data) for file in (source, path)]
-    for file, (accuracy, ms) in zip((source, path), measured, strict=True):
-        where = printable(data.folder.name)
-        print(
-            f"{file.name}: {describe_size(file)}, accuracy {100 * accuracy:.2f}% on {len(data):,} pictures of "
-            f"{where}/, {ms:.2f} ms a picture"
-        )
-    drop = 100 * (measured[0][0] - measured[1][0])
-    if drop > max_drop:
-        earlier = source.with_name(INT8_NAME)
-        note = f", and {earlier} is an earlier one" if earlier.exists() else ""
-        raise InputError(
-            f"{INT8_NAME} loses {drop:.2f} points of accuracy, more than --max-drop {max_drop:g}; it was not kept{note}"
-        )
-    return path
-
-
-def check_config(output_dir: Path, names: list[str]) -> None:
-    """InputError where another program's config.json would be written over."""
-    path = output_dir / CONFIG_NAME
-    if "safetensors" in names and path.exists():
-        try:
-            is_ours = "format_version" in json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError, TypeError):
-            is_ours = False
-        if not is_ours:
-            raise InputError(
-                f"{path} is of another program; choose another --output-dir, or --formats without safetensors"
-            )
-
-
 def check_source(checkpoint: str | None, output_dir: Path, names: list[str]) -> None:
-    """InputError where the checkpoint is an exported program, or one of the files to be written has its name."""
+    """InputError if the checkpoint is an exported program, or one of the files to be written has its name."""
     if not checkpoint or not os.path.isfile(checkpoint):
-        return  # open_model says what is wrong
+        return  # open_model reports what is wrong
     if is_exported(checkpoint) and Path(checkpoint).suffix != ".safetensors":
         raise InputError(f"--checkpoint {checkpoint} is an exported file; export from the checkpoint")
     for name in names:
         path = output_dir / FORMATS[name][0]
         if path.exists() and path.samefile(checkpoint):
-            raise InputError(f"--checkpoint {checkpoint} would be written over; choose another --output-dir")
+            raise InputError(f"--checkpoint {checkpoint} would be overwritten; choose another --output-dir")
+
+
+def check_config(output_dir: Path, names: list[str]) -> None:
+    """InputError if another program's config.json would be overwritten."""
+    path = output_dir / CONFIG_NAME
+    if "safetensors" not in names or not path.exists():
+        return
+    try:
+        is_ours = "format_version" in json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError):
+        is_ours = False
+    if not is_ours:
+        raise InputError(f"{path} is of another program; choose another --output-dir, or --formats without safetensors")
+
+
+def load_images(data_dir: str, splits: tuple[str, ...], info: ModelInfo, cache_dir: str | None) -> FolderImages:
+    """The first of `splits` that exists in `data_dir`, or the class folders that it holds itself."""
+    folders = find_splits(data_dir)
+    found = [folders[split] for split in splits if split in folders]
+    if folders and not found:
+        raise InputError(f"--data-dir {data_dir} has no {' or '.join(splits)}/")
+    folder = found[0] if found else data_dir
+    return FolderImages(folder, info.input_spec, class_names=info.class_names, cache_dir=cache_dir)
+
+
+def describe(path: Path) -> str:
+    return f"{path.name}: {path.stat().st_size / 1e6:.1f} MB"
+
+
+def compare_accuracy(original: Path, quantized: Path, data: FolderImages, max_drop: float) -> None:
+    """Prints accuracy and speed of both; InputError if the quantized file costs more than `max_drop` points."""
+    measured = {path: measure(path, data) for path in (original, quantized)}
+    for path, (accuracy, milliseconds) in measured.items():
+        where = f"{len(data):,} images of {printable(data.folder.resolve().name)}/"
+        print(f"{describe(path)}, accuracy {100 * accuracy:.2f}% on {where}, {milliseconds:.2f} ms per image")
+    drop = 100 * (measured[original][0] - measured[quantized][0])
+    if drop > max_drop:
+        earlier = original.with_name(INT8_NAME)
+        note = f", and {earlier} is an earlier one" if earlier.exists() else ""
+        raise InputError(
+            f"{INT8_NAME} loses {drop:.2f} points of accuracy, more than --max-drop {max_drop:g}; it was not kept{note}"
+        )
 
 
 def keep(paths: list[Path], output_dir: Path) -> None:
     """Moves the files to `output_dir`, over earlier ones."""
     for path in paths:
         replace_file(output_dir / path.name, lambda temporary, path=path: os.replace(path, temporary))
-
-
-def main(argv: list[str] | None = None) -> None:
-    args = get_args_parser().parse_args(argv)
-    if args.int8 and not args.data_dir:
-        raise InputError("--int8 needs --data-dir: train/ there to calibrate on, val/ or test/ to measure on")
-    if not args.max_drop >= 0:
-        raise InputError(f"--max-drop must be at least 0, not {args.max_drop}")
-    names = pick_formats(args.formats, args.int8)
-    check_source(args.checkpoint, Path(args.output_dir), names)
-    model, checkpoint = open_model(args.checkpoint, "cpu")
-    deployed = Deployed(model.to(memory_format=torch.contiguous_format).requires_grad_(False))
-    info, output_dir = get_info(checkpoint), make_output_dir(args.output_dir)
-    check_config(output_dir, names)
-    images, what = deployed.example(COMPARED), f"{COMPARED} pictures of noise"
-    data = load_pictures(args.data_dir, ("test", "val", "train"), model, args.cache_dir)
-    if data:
-        own = draw_pictures(data, COMPARED, model.info.input_spec)
-        images = torch.cat([own, images[len(own) :]])
-        rest = " and noise" if len(own) < COMPARED else ""
-        what = f"{COMPARED} pictures, {len(own)} of {printable(data.folder.name)}/{rest}"
-    for_int8 = load_for_int8(model, args) if args.int8 else None
-    with tempfile.TemporaryDirectory(prefix=".export_", dir=output_dir) as folder:
-        for name in names:
-            keep(export(name, deployed, info, images, what, Path(folder)), output_dir)
-        if for_int8:
-            source = output_dir / FORMATS["onnx"][0]
-            keep([export_int8(source, *for_int8, args.max_drop, Path(folder))], output_dir)
-    print(f"In {printable(output_dir.resolve())}")
 
 
 if __name__ == "__main__":

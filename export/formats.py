@@ -1,7 +1,7 @@
-"""Networks in files that other programs read: written with everything inside, and read back like checkpoints.
+"""Models in files that other programs read: written, compared with PyTorch, and read back like checkpoints.
 
-    write_onnx(deployed, info, "emotion_model.onnx")            # uint8 pictures in, probabilities out
-    model, info = read_exported("emotion_model.onnx")           # to be used as the network of a checkpoint is
+    write_onnx(deployed, info, Path("emotion_model.onnx"))      # uint8 images in, probabilities out
+    model, info = read_exported("emotion_model.onnx")           # used like the model of a checkpoint
 
 `info` is the checkpoint without its weights: classes, InputSpec, arch, what it was trained on and how.
 """
@@ -13,17 +13,20 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 
 from checkpoints import build_model, check_info, is_torchscript, upgrade
+from data import FolderImages
 from errors import InputError, reason_of
-from models import InputSpec, ModelInfo
+from models import ModelInfo
 from preprocessing import to_input, to_uint8
 
 INFO_NAME = "emotion.json"  # of the entry in TorchScript and torch.export files; in ONNX the key of the metadata
-CONFIG_NAME = "config.json"  # beside a safetensors file
+CONFIG_NAME = "config.json"  # next to a safetensors file
 CARRY_CODE = (".pt", ".pt2")
+TOLERANCE = 1e-4  # largest difference in probability from PyTorch, in float32
 
 
 class Deployed(nn.Module):
@@ -40,24 +43,30 @@ class Deployed(nn.Module):
         return torch.softmax(self.model(to_input(images, self.info.input_spec)) / self.info.temperature, dim=1)
 
     def example(self, count: int = 2) -> torch.Tensor:
-        """uint8 pictures of seeded noise."""
+        """`count` images of seeded noise."""
         spec, generator = self.info.input_spec, torch.Generator().manual_seed(0)
         shape = (count, spec.stored_channels, spec.image_size, spec.image_size)
         return torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
 
 
-def to_stored(images: torch.Tensor, spec: InputSpec) -> torch.Tensor:
-    """uint8 (N, C, S, S) with as many channels as `spec` stores; gray folders have one whatever it stores."""
-    return images.expand(-1, spec.stored_channels, -1, -1).contiguous()
+def images_at(data: FolderImages, rows: np.ndarray) -> torch.Tensor:
+    """These images of `data` as uint8 (N, stored_channels, S, S); gray folders are cached with one channel."""
+    images = torch.from_numpy(np.array(data.images[rows]))
+    return images.expand(-1, data.spec.stored_channels, -1, -1).contiguous()
+
+
+def sample_images(data: FolderImages, count: int) -> torch.Tensor:
+    """`count` images of `data`, drawn with a fixed seed, or all of them if there are fewer."""
+    return images_at(data, np.sort(np.random.default_rng(0).permutation(len(data))[:count]))
 
 
 # Writing: each takes (Deployed on the CPU, info, path)
 
 
 def write_onnx(deployed: Deployed, info: dict, path: Path) -> None:
-    """One file with the weights inside, any batch size, by the exporter that rests on torch.export."""
+    """One file with the weights inside, for any batch size, by the exporter that is based on torch.export."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about the exporter's own insides
+        warnings.simplefilter("ignore")  # about the exporter's own code
         program = torch.onnx.export(
             deployed,
             (deployed.example(),),
@@ -72,7 +81,7 @@ def write_onnx(deployed: Deployed, info: dict, path: Path) -> None:
 
 
 def write_torchscript(deployed: Deployed, info: dict, path: Path) -> None:
-    """PyTorch calls TorchScript deprecated; it is here for what reads nothing else (S1 exports it)."""
+    """PyTorch deprecates TorchScript; it is here for programs that read nothing else (S1 exports it)."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         traced = torch.jit.trace(deployed, deployed.example(), check_trace=False)
@@ -86,14 +95,14 @@ def write_torch_export(deployed: Deployed, info: dict, path: Path) -> None:
 
 
 def write_safetensors(deployed: Deployed, info: dict, path: Path) -> None:
-    """The weights alone, with `info` as config.json beside them: an interchange, not a program."""
+    """The weights alone, with `info` as config.json next to them: for exchange, not a program."""
     from safetensors.torch import save
 
     path.write_bytes(save({key: value.contiguous() for key, value in deployed.model.state_dict().items()}))
     path.with_name(CONFIG_NAME).write_text(json.dumps(info, indent=2), encoding="utf-8")
 
 
-FORMATS = {  # name: (file, packages it needs beside torch, its function)
+FORMATS = {  # name: (file, packages it needs next to torch, its function)
     "onnx": ("emotion_model.onnx", ("onnx", "onnxscript", "onnxruntime"), write_onnx),
     "torchscript": ("emotion_model.pt", (), write_torchscript),
     "torch_export": ("emotion_model.pt2", (), write_torch_export),
@@ -102,8 +111,32 @@ FORMATS = {  # name: (file, packages it needs beside torch, its function)
 
 
 def missing_packages(name: str) -> list[str]:
-    """Those that the format needs and that aren't installed."""
+    """The packages that the format needs and that aren't installed."""
     return [package for package in FORMATS[name][1] if importlib.util.find_spec(package) is None]
+
+
+def export_model(
+    name: str, deployed: Deployed, info: dict, images: torch.Tensor, folder: Path
+) -> tuple[list[Path], float]:
+    """Writes one format into `folder` and compares it with `deployed` on `images`, in batches and on the first alone.
+
+    Returns its files and the largest difference in probability. Raises InputError if the file can't be written, or if
+    the difference is larger than TOLERANCE.
+    """
+    file, _, write = FORMATS[name]
+    path = folder / file
+    try:
+        write(deployed, info, path)
+    except Exception as error:  # exporters raise anything
+        raise InputError(f"{file} can't be written: {reason_of(error)}") from None
+    model, _ = read_exported(path, trust=True)
+    predict = model.probs if isinstance(model, ExportedModel) else Deployed(model)
+    with torch.inference_mode():
+        gaps = [(deployed(batch) - predict(batch)).abs().max() for batch in (images[:1], *images.split(64))]
+    gap = torch.stack(gaps).max().item()
+    if not gap <= TOLERANCE:
+        raise InputError(f"{file} gives other probabilities than PyTorch, by up to {gap:.1g}; it was not kept")
+    return [path, path.with_name(CONFIG_NAME)] if name == "safetensors" else [path], gap
 
 
 # Reading
@@ -136,10 +169,10 @@ def is_exported(path: str | Path) -> bool:
 
 
 def read_exported(path: str | Path, *, trust: bool = False) -> tuple[nn.Module, dict]:
-    """The network in an exported file, on the CPU and in evaluation mode, and its info.
+    """The model in an exported file, on the CPU and in evaluation mode, and its info in the current format.
 
-    Raises InputError for a file that is damaged or not ours, needs a package that is missing, or could run code
-    (TorchScript, torch.export) and is not trusted.
+    An ExportedModel, or of a safetensors file the model itself. Raises InputError for a file that is damaged or not
+    ours, needs a package that is missing, or could run code (TorchScript, torch.export) and is not trusted.
     """
     path = Path(path)
     if not path.is_file():
@@ -152,16 +185,17 @@ def read_exported(path: str | Path, *, trust: bool = False) -> tuple[nn.Module, 
         )
     read = {".onnx": _read_onnx, ".pt": _read_torchscript, ".pt2": _read_torch_export, ".safetensors": _read_tensors}
     try:
-        run, text = read[path.suffix](path)
-        info = json.loads(text)
-        if info is None:
+        content, text = read[path.suffix](path)  # a function or a state_dict, and JSON
+        info = json.loads(text or "null")
+        if not isinstance(info, dict):
             raise InputError(f"{path} was not made by export_emotion.py: it holds no class names")
-        info = check_info(info, path)
-        if not callable(run):
-            return build_model(upgrade({**info, "state_dict": run}), path), info
-        model = ExportedModel(run, ModelInfo.from_dict(info)).eval()
+        check_info(info, path)
+        if isinstance(content, dict):
+            checkpoint = upgrade({**info, "state_dict": content})
+            return build_model(checkpoint, path), checkpoint
+        model = ExportedModel(content, ModelInfo.from_dict(info)).eval()
         _try_out(model, path)
-        return model, info
+        return model, upgrade(info)
     except InputError:
         raise
     except ImportError as error:
@@ -172,7 +206,7 @@ def read_exported(path: str | Path, *, trust: bool = False) -> tuple[nn.Module, 
 
 @torch.inference_mode()
 def _try_out(model: ExportedModel, path: Path) -> None:
-    """InputError where two black pictures don't give the probabilities of two pictures."""
+    """InputError if two black images don't give the probabilities of two images."""
     spec = model.info.input_spec
     probs = model.probs(torch.zeros(2, spec.stored_channels, spec.image_size, spec.image_size, dtype=torch.uint8))
     if probs.shape != (2, model.info.num_classes) or not probs.isfinite().all():
@@ -186,7 +220,7 @@ def _read_onnx(path: Path):
     options.log_severity_level = 4
     options.intra_op_num_threads = torch.get_num_threads()
     session = onnxruntime.InferenceSession(path.read_bytes(), options, providers=["CPUExecutionProvider"])
-    text = session.get_modelmeta().custom_metadata_map.get(INFO_NAME, "null")
+    text = session.get_modelmeta().custom_metadata_map.get(INFO_NAME)
     return lambda images: torch.from_numpy(session.run(None, {"images": images.numpy()})[0]), text
 
 
@@ -195,18 +229,18 @@ def _read_torchscript(path: Path):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         program = torch.jit.load(str(path), map_location="cpu", _extra_files=files)
-    return lambda images: program(images), files[INFO_NAME] or "null"
+    return lambda images: program(images), files[INFO_NAME]
 
 
 def _read_torch_export(path: Path):
     files = {INFO_NAME: ""}
-    logging.disable(logging.WARNING)  # tracebacks of what is one line here
+    logging.disable(logging.WARNING)  # it prints tracebacks of what is one line here
     try:
         program = torch.export.load(str(path), extra_files=files)
     finally:
         logging.disable(logging.NOTSET)
     module = program.module()
-    return lambda images: module(images), files[INFO_NAME] or "null"
+    return lambda images: module(images), files[INFO_NAME]
 
 
 def _read_tensors(path: Path):
@@ -214,5 +248,5 @@ def _read_tensors(path: Path):
 
     config = path.with_name(CONFIG_NAME)
     if not config.is_file():
-        raise InputError(f"no {config}: it belongs beside {path.name} and holds the class names")
+        raise InputError(f"no {config}: it belongs next to {path.name} and holds the class names")
     return load_file(str(path)), config.read_text(encoding="utf-8")
