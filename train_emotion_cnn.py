@@ -126,6 +126,7 @@ def parse_settings(argv: list[str] | None) -> tuple[Settings, dict | None]:
     parser.set_defaults(**saved, output_dir=str(path.parent))
     settings = replace(Settings(**vars(parser.parse_args(argv))), resume=str(path))
     resume.check_unchanged(settings, checkpoint)
+    settings.check_teachers()
     return settings, checkpoint
 
 
@@ -168,6 +169,7 @@ def main(argv: list[str] | None = None) -> None:
             is_best = progress.add(row)
             if group.is_main:
                 resume.save(output_dir, step, progress, settings.to_config(), fingerprint, is_best=is_best)
+            progress.epoch = epoch
             say(format_row(row, title, is_best))
             log(row)
 

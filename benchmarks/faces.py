@@ -1,12 +1,12 @@
-"""How FER2013's pictures are framed, as the detector sees it, and what finding faces costs beside naming emotions.
+"""How FER2013's images are framed, as the detector sees it, and what finding faces costs next to classifying them.
 
     python -m benchmarks.faces --data-dir fer2013
     python -m benchmarks.faces --data-dir fer2013 --yunet face_detection_yunet.onnx
 
-Framing: pictures of train/ are put into a larger one (their edges repeated), searched, and their side compared with
-the box that is found. Half of what it is longer is the margin that crop_face adds on each side.
+Framing: images of train/ are put into a larger one (their edges repeated), searched, and their side compared with the
+box that is found. Half of what it is longer is the margin that crop_face adds on each side (faces/detector.py).
 
-Speed: a frame of 640 x 480 and a photo of 12 megapixels, both with the face of the photo in them, detector and network
+Speed: a frame of 640 x 480 and a photo of 12 megapixels, both with the face of the photo in them, detector and model
 timed apart, medians.
 """
 
@@ -16,42 +16,36 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from benchmarks import check_inputs, count
+from benchmarks import REPO, check_inputs
 from benchmarks.prediction_speed import median_ms
-from console import ArgumentParser, run_script
+from console import ArgumentParser, number, run_script
 from data import walk_pictures
 from errors import InputError
 from faces.detector import crop_face, find_faces
 from inference import BUNDLED, load_model, predict_image
 from preprocessing import read_whole
 
-PHOTO = Path(__file__).parent.parent / "examples" / "astronaut.jpg"
+PHOTO = REPO / "examples" / "astronaut.jpg"
 
 
-def describe_framing(data_dir: str, pictures: int, yunet: str | None) -> str:
-    paths = sorted(entry.path for entry in walk_pictures(Path(data_dir) / "train"))
-    chosen = np.random.default_rng(0).permutation(len(paths))[:pictures]
-    shares, shifts = [], []
+def describe_framing(folder: Path, count: int, yunet: str | None) -> str:
+    paths = [entry.path for entry in walk_pictures(folder)]
+    chosen = np.random.default_rng(0).permutation(len(paths))[:count]
+    ratios = []  # of an image's side to the longer side of the face found in it
     for index in chosen:
         pixels = read_whole(paths[index])
         side, pad = len(pixels), len(pixels) // 3
         padded = Image.fromarray(np.pad(pixels, ((pad, pad), (pad, pad), (0, 0)), mode="edge"))
-        found = find_faces(
-            padded.resize((3 * padded.width, 3 * padded.height), Image.Resampling.BICUBIC),
-            min_size=2 * side,
-            yunet=yunet,
-        )
+        enlarged = padded.resize((3 * padded.width, 3 * padded.height), Image.Resampling.BICUBIC)
+        found = find_faces(enlarged, min_size=2 * side, yunet=yunet)
         if found:
-            width, height = found[0].width / 3, found[0].height / 3
-            shares.append(side / max(width, height))
-            shifts.append((pad + side / 2 - found[0].top / 3 - height / 2) / max(width, height))
-    if not shares:
-        raise InputError(f"no face was found in {len(chosen)} pictures of {data_dir}/train")
-    median, shift = statistics.median(shares), statistics.median(shifts)
-    low, high = np.percentile(shares, (25, 75))
+            ratios.append(3 * side / max(found[0].width, found[0].height))
+    if not ratios:
+        raise InputError(f"no face was found in {len(chosen)} images of {folder}")
+    median = statistics.median(ratios)
     return (
-        f"faces found in {len(shares)} of {len(chosen)} pictures; picture / box: median {median:.3f} (quartiles "
-        f"{low:.2f} to {high:.2f}), middle {shift:+.3f} of a box lower; margin {(median - 1) / 2:.3f}"
+        f"faces found in {len(ratios)} of {len(chosen)} images; image / box: median {median:.3f}, margin "
+        f"{(median - 1) / 2:.3f}"
     )
 
 
@@ -60,35 +54,32 @@ def describe_speed(photo: Image.Image, checkpoint: str | None, rounds: int, yune
     lines = []
     for name, size in (("frame of 640 x 480", (640, 480)), ("photo of 12 megapixels", (4000, 3000))):
         side = min(size)
-        picture = Image.new("RGB", size, "gray")
-        picture.paste(photo.resize((side, side)), ((size[0] - side) // 2, 0))
-        pixels = np.asarray(picture)
+        image = Image.new("RGB", size, "gray")
+        image.paste(photo.resize((side, side)), ((size[0] - side) // 2, 0))
+        pixels = np.asarray(image)
         found = find_faces(pixels, yunet=yunet)
         if not found:
             raise InputError("no face is found in the photo; pass another --photo")
         crop = crop_face(pixels, found[0])
         finding = median_ms(lambda pixels=pixels: find_faces(pixels, yunet=yunet), rounds)
-        naming = median_ms(lambda crop=crop: predict_image(model, crop, class_names), rounds)
-        lines.append(f"| {name} | {finding:.1f} ms | {naming:.1f} ms |")
+        classifying = median_ms(lambda crop=crop: predict_image(model, crop, class_names), rounds)
+        lines.append(f"| {name} | {finding:.1f} ms | {classifying:.1f} ms |")
     return lines
 
 
 def main() -> None:
     parser = ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--data-dir", metavar="DIR", default=".", help="its train/ is searched (default: .)")
-    parser.add_argument(
-        "--photo", metavar="FILE", default=str(PHOTO), help="a picture of a face (default: examples/astronaut.jpg)"
-    )
-    parser.add_argument(
-        "--checkpoint", metavar="PATH", default=str(BUNDLED), help="(default: weights/emotion_model.pth)"
-    )
-    parser.add_argument("--pictures", type=count, default=1000, help="to measure framing on (default: 1000)")
-    parser.add_argument("--rounds", type=count, default=30, help="(default: 30)")
-    parser.add_argument("--yunet", metavar="FILE", help="YuNet's .onnx file, in the place of the cascade")
+    add = parser.add_argument
+    add("--data-dir", metavar="DIR", default=".", help="its train/ is searched")
+    add("--photo", metavar="FILE", default=str(PHOTO), help="of a face (default: examples/astronaut.jpg)")
+    add("--checkpoint", metavar="PATH", default=str(BUNDLED), help="(default: weights/emotion_model.pth)")
+    add("--images", type=number(int, 1), default=1000, help="to measure framing on")
+    add("--rounds", type=number(int, 1), default=30, help="the median is printed")
+    add("--yunet", metavar="FILE", help="YuNet's .onnx file, instead of the cascade")
     args = parser.parse_args()
-    check_inputs(args.data_dir)
-    print(describe_framing(args.data_dir, args.pictures, args.yunet), flush=True)
-    print("\n| picture | finding faces | naming an emotion |\n| --- | --- | --- |")
+    folder = check_inputs(args.data_dir)["train"]
+    print(describe_framing(folder, args.images, args.yunet), flush=True)
+    print("\n| image | finding faces | classifying a face |\n| --- | --- | --- |")
     print("\n".join(describe_speed(Image.fromarray(read_whole(args.photo)), args.checkpoint, args.rounds, args.yunet)))
 
 

@@ -4,7 +4,7 @@
     python -m benchmarks.memory --video clip.mp4        # instead: while a video is classified, frame by frame
 
 First train_emotion_cnn.py is run, and its resident memory read after every epoch. Then one epoch of batches is drawn
-from the same pictures cached at growing sizes: `anonymous` is the memory that the process holds itself, `file` the
+from the same images cached at growing sizes: `anonymous` is the memory that the process holds itself, `file` the
 pages of the memory map, which the system takes back when it needs room.
 """
 
@@ -18,8 +18,8 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import REPO, check_inputs, count
-from console import ArgumentParser, run_script
+from benchmarks import REPO, check_inputs
+from console import ArgumentParser, number, run_script
 from device import keep_freed_memory
 from errors import InputError
 from models import InputSpec
@@ -42,7 +42,7 @@ def watch_training(data_dir: str, arch: str, epochs: int) -> None:
                     memory = read_memory(process.pid)
                     print(f"{line.split('  ')[0]}: resident {memory['VmRSS']:,.0f} MB, peak {memory['VmHWM']:,.0f} MB")
         if process.returncode:
-            raise InputError("training has stopped; its message stands above")
+            raise InputError("training has stopped; its message is above")
 
 
 def watch_video(path: str) -> None:
@@ -55,7 +55,7 @@ def watch_video(path: str) -> None:
                 resident += [memory["VmRSS"]] if "VmRSS" in memory else []  # none of a process that is just ending
                 time.sleep(0.2)
         if process.returncode:
-            raise InputError("predict_emotion.py has stopped; its message stands above")
+            raise InputError("predict_emotion.py has stopped; its message is above")
     for share in (0.25, 0.5, 0.75, 0.95):  # the last samples are of the timeline's plot and of the end
         print(f"resident after {share:.0%} of the time: {resident[int(share * len(resident))]:,.0f} MB")
 
@@ -66,7 +66,7 @@ def draw_epoch(pipe, data_dir: str, spec: InputSpec, cache_dir: str) -> None:
     train = load_splits(data_dir, spec, torch.device("cpu"), **options).train
     checksum, size = 0, len(train) * spec.image_size**2
     start = read_memory()["RssAnon"]
-    for images, _ in train.iterate(64, draw_order(train.labels, balanced=False, generator=None)):
+    for images, _ in train.iterate(64, draw_order(train.labels, "shuffle", seed=0)):
         checksum += int(images[0, 0, 0, 0])
     memory = read_memory()
     pipe.send((size / 1e6, start, memory["RssAnon"], memory["RssFile"]))
@@ -96,11 +96,12 @@ def watch_sets(args) -> None:
 
 def main() -> None:
     parser = ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--data-dir", metavar="DIR", default=".", help="holds train/ (default: .)")
-    parser.add_argument("--arch", default="cnn4_bn", help="(default: cnn4_bn)")
-    parser.add_argument("--epochs", type=count, default=3, help="(default: 3)")
-    parser.add_argument("--sizes", type=int, nargs="*", default=[48, 96, 192], help="pixels (default: 48 96 192)")
-    parser.add_argument("--video", metavar="FILE", help="measure the memory of classifying this video")
+    add = parser.add_argument
+    add("--data-dir", metavar="DIR", default=".", help="holds train/")
+    add("--arch", default="cnn4_bn", help="to train")
+    add("--epochs", type=number(int, 1), default=3, help="to train for")
+    add("--sizes", type=number(int, 8, 2048), nargs="*", default=[48, 96, 192], help="pixels (default: 48 96 192)")
+    add("--video", metavar="FILE", help="measure the memory of classifying this video")
     args = parser.parse_args()
     if args.video:
         watch_video(args.video)

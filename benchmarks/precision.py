@@ -6,8 +6,8 @@ python -m benchmarks.precision --data-dir fer2013 --arch cnn4_bn --epochs 3
 import statistics
 import tempfile
 
-from benchmarks import check_inputs, count, train
-from console import ArgumentParser, run_script
+from benchmarks import check_inputs, train
+from console import ArgumentParser, number, run_script
 
 
 def val_accuracy(args, precision: str, seed: int) -> float:
@@ -19,10 +19,11 @@ def val_accuracy(args, precision: str, seed: int) -> float:
 
 def main() -> None:
     parser = ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--data-dir", metavar="DIR", default=".", help="holds train/ (default: .)")
-    parser.add_argument("--arch", default="cnn4_bn", help="(default: cnn4_bn)")
-    parser.add_argument("--epochs", type=count, default=3, help="(default: 3)")
-    parser.add_argument("--seeds", type=count, default=3, help="how many (default: 3)")
+    add = parser.add_argument
+    add("--data-dir", metavar="DIR", default=".", help="holds train/")
+    add("--arch", default="cnn4_bn", help="to train")
+    add("--epochs", type=number(int, 1), default=3, help="to train for")
+    add("--seeds", type=number(int, 1), default=3, help="how many")
     args = parser.parse_args()
     check_inputs(args.data_dir, args.arch)
     print(f"{args.arch}, {args.epochs} epochs, validation accuracy after the last, {args.seeds} seeds")

@@ -1,17 +1,18 @@
-"""How fast pictures are answered: one at a time from Python, a folder from the command line, and the start-up.
+"""How fast images are classified: one at a time from Python, a folder from the command line, and the start-up.
 
     python -m benchmarks.prediction_speed --data-dir fer2013
 
-The networks have random weights, which cost the same as trained ones, and logits scaled to give clear answers.
+The models have random weights, which cost the same as trained ones, and logits scaled to give clear predictions.
 
-predict_image   one JPEG of 48x48 pixels, network loaded, median of 500 calls in a process that does nothing else;
-                forward: the network's share of it
-difference      the largest between probabilities of a picture alone and in a batch of 64
-folder          predict_emotion.py over a folder of 10,000 pictures, start-up taken off, as a share of the rate of
-                forward passes alone on pictures that are ready in memory
-start           predict_emotion.py with one picture, against `python -c "import torch, PIL.Image"`, medians
+predict_image   one JPEG of 48x48 pixels, model loaded, median of 500 calls in a process that does nothing else;
+                forward: the model's share of it
+difference      the largest between probabilities of an image alone and in a batch of 64
+folder          predict_emotion.py over a folder of 10,000 images, start-up taken off, as a share of the rate of
+                forward passes alone on images that are ready in memory
+start           predict_emotion.py with one image, against `python -c "import torch, PIL.Image"`, medians
 """
 
+import itertools
 import multiprocessing
 import shutil
 import statistics
@@ -19,18 +20,19 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from PIL import Image
 
-from benchmarks import REPO, check_inputs, count
+from benchmarks import REPO, check_inputs
 from checkpoints import make_checkpoint, save_checkpoint
-from console import ArgumentParser, run_script
+from console import ArgumentParser, number, run_script
 from data import walk_pictures
 from errors import InputError
 from inference import load_model, predict_image, predict_probs
-from models import create_model
+from models import create_model, last_layer
 from preprocessing import read_image
 
 ARCHS = ("seresnet13", "cnn6_bn", "cnn6_rgb", "cnn4_bn", "cnn4")
@@ -62,27 +64,28 @@ def time_python_calls(checkpoint: str, jpeg: str) -> tuple[float, float]:
     return tuple(median_ms(call, 500) for call in calls)
 
 
-def fill_folder(folder: Path, data_dir: Path, count: int) -> list[str]:
-    """Copies of the pictures below `data_dir`/train, again from the first where they are too few."""
-    found = [Path(entry.path) for entry in walk_pictures(data_dir / "train")]
-    paths = [folder / f"{number:05d}{found[number % len(found)].suffix}" for number in range(count)]
-    for number, path in enumerate(paths):
-        shutil.copyfile(found[number % len(found)], path)
-    return [str(path) for path in paths]
+def fill_folder(folder: Path, source: Path, count: int) -> list[str]:
+    """Copies of the images below `source`, again from the first if they are too few."""
+    found = [Path(entry.path) for entry in walk_pictures(source)]
+    paths = []
+    for row, path in zip(range(count), itertools.cycle(found), strict=False):
+        paths.append(str(folder / f"{row:05d}{path.suffix}"))
+        shutil.copyfile(path, paths[-1])
+    return paths
 
 
 def measure(arch: str, folder: Path, paths: list[str], rounds: int) -> str:
     checkpoint = folder.parent / f"{arch}.pth"
     model = create_model(arch, len(CLASSES))
-    list(model.parameters())[-2].data *= 50  # the last layer's weights
-    options = {"trained_on": "nothing", "epoch": 0, "metrics": {}, "config": {}}
-    save_checkpoint(make_checkpoint(model, CLASSES, **options), checkpoint)
+    last_layer(model).weight.data *= 50
+    model.info = replace(model.info, class_names=CLASSES, trained_on="nothing")
+    save_checkpoint(make_checkpoint(model, epoch=0, metrics={}, config={}), checkpoint)
     model, _ = load_model(checkpoint, "cpu")
     jpeg = folder.parent / "face.jpg"
     Image.open(paths[0]).convert("L").resize((48, 48)).save(jpeg, quality=90)
     pixels = torch.stack([torch.tensor(read_image(path, model.info.input_spec)) for path in paths[:64]])
     together = predict_probs(model, pixels)
-    alone = torch.cat([predict_probs(model, picture[None]) for picture in pixels])
+    alone = torch.cat([predict_probs(model, image[None]) for image in pixels])
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         one, forward = pool.apply(time_python_calls, (str(checkpoint), str(jpeg)))
     script = ("predict_emotion.py", "--device", "cpu", "--checkpoint", str(checkpoint))
@@ -99,21 +102,22 @@ def measure(arch: str, folder: Path, paths: list[str], rounds: int) -> str:
 
 def main() -> None:
     parser = ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--data-dir", metavar="DIR", default=".", help="its train/ lends the pictures (default: .)")
-    parser.add_argument("--arch", nargs="+", default=ARCHS, help=f"(default: {' '.join(ARCHS)})")
-    parser.add_argument("--pictures", type=count, default=10_000, help="in the folder (default: 10000)")
-    parser.add_argument("--rounds", type=count, default=3, help="the median is printed (default: 3)")
+    add = parser.add_argument
+    add("--data-dir", metavar="DIR", default=".", help="the images are those of its train/")
+    add("--arch", nargs="+", default=ARCHS, help=f"(default: {' '.join(ARCHS)})")
+    add("--images", type=number(int, 1), default=10_000, help="in the folder")
+    add("--rounds", type=number(int, 1), default=3, help="the median is printed")
     args = parser.parse_args()
-    check_inputs(args.data_dir, *args.arch)
+    source = check_inputs(args.data_dir, *args.arch)["train"]
     print(f"{torch.get_num_threads()} threads, torch {torch.__version__}, float32")
     print(
         "| arch | predict_image | forward | difference | forward img/s, batch 64 | folder img/s | folder / forward |\n|"
         + " --- |" * 7
     )
     with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary) / "pictures"
+        folder = Path(temporary) / "images"
         folder.mkdir()
-        paths = fill_folder(folder, Path(args.data_dir), args.pictures)
+        paths = fill_folder(folder, source, args.images)
         for arch in args.arch:
             print(measure(arch, folder, paths, args.rounds), flush=True)
         checkpoint = ("--device", "cpu", "--checkpoint", f"{temporary}/{args.arch[0]}.pth")

@@ -4,7 +4,7 @@
     python -m benchmarks.scaling --arch cnn4_bn --batch-size 512
     python -m benchmarks.scaling --step-ms 20 --bandwidth 25        # the estimate for other GPUs and networks
 
-Measured: images/s of our training step on random pictures, in one process of one thread and in two of one thread each
+Measured: images/s of our training step on random images, in one process of one thread and in two of one thread each
 that share the same batch (gloo between them); the share of the step that the exchange of gradients takes, which is what
 the step is faster without it; and the bytes that a process sends a step, by a ring: 2 (n - 1) / n of the gradients.
 
@@ -25,44 +25,47 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import REPO, count
-from console import ArgumentParser, run_script
+from benchmarks import REPO
+from console import ArgumentParser, number, run_script
 from device import memory_format, pick_device, pick_precision
-from engine.distributed import join, leave
+from engine import distributed
 from engine.loop import TrainStep
 from engine.optim import make_optimizer
 from errors import InputError
 from models import count_parameters, create_model, get_arch
 from preprocessing import to_input
+from splits import shard
 
 SIZES = (8, 64, 512)
 PAYS = 0.5  # of what n times the speed would be; below, more GPUs stop paying
 
 
-def measure(arch: str, batch_size: int, steps: int, threads: int) -> dict[str, float]:
+def measure(arch: str, batch_size: int, steps: int) -> dict[str, float]:
     """In one of torchrun's processes, or alone: median seconds of a step, with and without exchange of gradients."""
-    group, device = join(pick_device("cpu"))
-    torch.set_num_threads(threads)
+    group, device = distributed.init(pick_device("cpu"))
+    torch.set_num_threads(1)
     model = create_model(arch, 7).to(memory_format=memory_format(device)).train()
     spec = model.info.input_spec
     optimizer = make_optimizer("sgd", model, lr=1e-3, weight_decay=0.0)
     precision = pick_precision("auto", device)
-    step = TrainStep(model, optimizer, lambda images: to_input(images, spec), precision=precision, group=group)
-    start, stop = group.share(0, batch_size)
+    step = TrainStep(
+        model, optimizer, lambda images, generator: to_input(images, spec), precision=precision, group=group
+    )
+    start, stop = shard(0, batch_size, group.rank, group.world_size)
     images = torch.randint(0, 256, (stop - start, spec.channels, spec.image_size, spec.image_size), dtype=torch.uint8)
     labels = torch.randint(0, 7, (stop - start,))
     times = {"exchanged": [], "alone": []}
-    for number in range(2 * steps + 4):
-        kind = ("exchanged", "alone")[number % 2]
-        if group.size > 1:
-            step.network.require_backward_grad_sync = kind == "exchanged"
+    for turn in range(2 * steps + 4):
+        kind = ("exchanged", "alone")[turn % 2]
+        if group.world_size > 1:
+            step.wrapped_model.require_backward_grad_sync = kind == "exchanged"
             group.gather(None)  # so that all start at once
         begin = time.perf_counter()
         step(images, labels, batch_size)
         group.gather(None)
-        if number >= 4:
+        if turn >= 4:
             times[kind].append(time.perf_counter() - begin)
-    leave()
+    distributed.shutdown()
     return {name: statistics.median(values) for name, values in times.items()}
 
 
@@ -73,11 +76,11 @@ def start(processes: int, args: argparse.Namespace) -> dict[str, float]:
         words = ["--arch", args.arch, "--batch-size", str(args.batch_size), "--steps", str(args.steps)]
         launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
         launch = launch if processes > 1 else []
-        command = [sys.executable, *launch, "-m", "benchmarks.scaling", *words, "--worker", str(result)]
+        command = [sys.executable, *launch, "-m", "benchmarks.scaling", *words, "--result", str(result)]
         done = subprocess.run(command, cwd=REPO, capture_output=True, text=True)
         if done.returncode:
             sys.stderr.write(done.stderr)
-            raise InputError(f"{processes} processes failed; their messages stand above")
+            raise InputError(f"{processes} processes failed; their messages are above")
         return json.loads(result.read_text())
 
 
@@ -98,7 +101,7 @@ def describe_estimate(parameters: int, args: argparse.Namespace) -> list[str]:
         return alone / (processes * estimate(processes, batch_size, parameters, args) / batch_size)
 
     lines = [
-        f"ESTIMATE, not measured: {args.step_ms:g} ms a step of {args.batch_size} pictures on one GPU, overhead "
+        f"ESTIMATE, not measured: {args.step_ms:g} ms per step of {args.batch_size} images on one GPU, overhead "
         f"{args.overhead_ms:g} ms, {args.bandwidth:g} GB/s",
         "| GPUs | batch | step | images/s | of ideal |",
         "| --- | --- | --- | --- | --- |",
@@ -128,31 +131,25 @@ def describe_estimate(parameters: int, args: argparse.Namespace) -> list[str]:
 
 def main() -> None:
     parser = ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--arch", default="seresnet13", help="(default: seresnet13)")
-    parser.add_argument("--batch-size", type=count, metavar="N", help="of all processes (default: the recipe's)")
-    parser.add_argument("--steps", type=count, default=12, help="timed of each kind (default: 12)")
-    parser.add_argument("--step-ms", type=float, default=10.0, help="of one GPU, for the estimate (default: 10)")
-    parser.add_argument("--overhead-ms", type=float, default=1.0, help="of a step whatever its batch (default: 1)")
-    parser.add_argument(
-        "--bandwidth", type=float, default=12.5, help="GB/s of a GPU to the next (default: 12.5, 100 Gbit/s)"
-    )
-    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    add = parser.add_argument
+    add("--arch", default="seresnet13", help="to train")
+    add("--batch-size", type=number(int, 4), metavar="N", help="of all processes (default: the recipe's)")
+    add("--steps", type=number(int, 1), default=12, help="timed of each kind")
+    add("--step-ms", type=number(float, 1e-3), default=10.0, help="of one GPU, for the estimate")
+    add("--overhead-ms", type=number(float, 0), default=1.0, help="of a step whatever its batch")
+    add("--bandwidth", type=number(float, 1e-3), default=12.5, help="GB/s of a GPU to the next; 12.5 is 100 Gbit/s")
+    add("--result", help=argparse.SUPPRESS)  # where a process that `start` has started leaves its figures
     args = parser.parse_args()
     args.batch_size = args.batch_size or get_arch(args.arch).recipe.batch_size
-    for flag, value in (("--step-ms", args.step_ms), ("--bandwidth", args.bandwidth)):
-        if not (value > 0 and math.isfinite(value)):
-            raise InputError(f"{flag} must be above 0, not {value}")
-    if args.batch_size < 4 or not 0 <= args.overhead_ms < math.inf:
-        raise InputError("--batch-size must be at least 4, and --overhead-ms at least 0")
-    if args.worker:
-        result = measure(args.arch, args.batch_size, args.steps, threads=1)
+    if args.result:
+        result = measure(args.arch, args.batch_size, args.steps)
         if int(os.environ.get("RANK", 0)) == 0:
-            Path(args.worker).write_text(json.dumps(result))
+            Path(args.result).write_text(json.dumps(result))
         return
     parameters = count_parameters(create_model(args.arch, 7))
     alone, two = start(1, args)["exchanged"], start(2, args)
     print(f"{args.arch}, batch of {args.batch_size}, {parameters:,} parameters\n")
-    print("| processes of one thread | step | images/s | exchange of gradients | sent a step |")
+    print("| processes of one thread | step | images/s | exchange of gradients | sent per step |")
     print("| --- | --- | --- | --- | --- |")
     print(f"| 1 | {1000 * alone:.1f} ms | {args.batch_size / alone:,.0f} | none | none |")
     share = max(0.0, 1 - two["alone"] / two["exchanged"])

@@ -1,16 +1,16 @@
-"""Four emotions from a thousand pictures each, and from fewer: from nothing, and from what other emotions taught.
+"""Four emotions from a thousand images each, and from fewer: from scratch, and from weights trained on other emotions.
 
     python -m benchmarks.small_data --data-dir fer2013 --output-dir small_data            # many hours on two cores
     python -m benchmarks.small_data --data-dir fer2013 --output-dir small_data --epochs 30 --seeds 2       # 75 minutes
 
-Makes of FER2013, in --output-dir: four/, with 1,000 training pictures a class of angry, happy, neutral and sad, and 250
-test pictures a class (from val/, the challenge's PublicTest); others/, with the pictures of the other emotions; and
-few_N_S/, with N pictures a class of four/train, others for every seed S, and the same test pictures. No picture stands
-in two of four/train, four/test and others/: of equal ones only the first is taken. A tenth of each train/ validates;
-test/ is measured once, at the end.
+Makes of FER2013, in --output-dir: four/, with 1,000 training images per class of angry, happy, neutral and sad, and 250
+test images per class (from val/, the challenge's PublicTest); others/, with the images of the other emotions; and
+few_N_S/, with N images per class of four/train, others for every seed S, and the same test images. No image is in two
+of four/train, four/test and others/: of duplicates only the first is taken. A tenth of each train/ validates; test/ is
+measured once, at the end.
 
-The first table is trained by the recipes. In the second, fewer pictures get more epochs, by the square root of how many
-fewer, and batches of 32; its columns are trained alike, but for what they start from.
+The first table is trained by the recipes. In the second, fewer images get more epochs, by the square root of how many
+fewer, and batches of 32; its columns are trained alike, except for what they start from.
 """
 
 import json
@@ -21,9 +21,9 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks import check_inputs, count, train
+from benchmarks import check_inputs, train
 from checkpoints import BEST_NAME
-from console import ArgumentParser, make_output_dir, run_script
+from console import ArgumentParser, make_output_dir, number, run_script
 from data import FolderImages
 from errors import InputError
 from models import InputSpec, get_arch
@@ -34,12 +34,12 @@ CLASSES, TRAIN, TEST = ("angry", "happy", "neutral", "sad"), 1000, 250
 SYSTEM = "cnn6_bn"  # the network of S0, whose document claims 75 to 85% on such a set
 
 
-def unique_pictures(data_dir: Path, split: str, seen: set[str]) -> dict[str, list[str]]:
-    """{class: its files in a drawn order} but for those whose pixels are among `seen`, to which they are added.
+def unique_images(folder: Path, seen: set[str]) -> dict[str, list[str]]:
+    """{class: its files in a drawn order}, without those whose pixels are among `seen`, to which they are added.
 
-    Raises InputError where one of the four classes has no pictures.
+    Raises InputError if one of the four classes has no images.
     """
-    data = FolderImages(data_dir / split, InputSpec())
+    data = FolderImages(folder, InputSpec())
     found = {name: [] for name in data.class_names}
     for position in np.random.default_rng(0).permutation(len(data)):
         if data.digests[position] not in seen:
@@ -47,11 +47,11 @@ def unique_pictures(data_dir: Path, split: str, seen: set[str]) -> dict[str, lis
             found[data.class_names[data.labels[position]]].append(data.paths[position])
     missing = [name for name in CLASSES if not found.get(name)]
     if missing:
-        raise InputError(f"{data_dir / split} has no pictures of {', '.join(missing)}; --data-dir must hold FER2013")
+        raise InputError(f"{folder} has no images of {', '.join(missing)}; --data-dir must hold FER2013")
     return found
 
 
-def copy_pictures(files: dict[str, list[str]], folder: Path) -> None:
+def copy_images(files: dict[str, list[str]], folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     for name, paths in files.items():
         (folder / name).mkdir(parents=True)
@@ -59,21 +59,21 @@ def copy_pictures(files: dict[str, list[str]], folder: Path) -> None:
             shutil.copyfile(path, folder / name / Path(path).name)
 
 
-def make_sets(data_dir: Path, output_dir: Path, counts: list[int], seeds: int) -> None:
-    """Writes four/, others/ and few_N_S/ anew; the same pictures each time."""
+def make_sets(folders: dict[str, Path], output_dir: Path, counts: list[int], seeds: int) -> None:
+    """Writes four/, others/ and few_N_S/ anew, from the splits' `folders`; the same images each time."""
     seen = set()
-    test, learn = (unique_pictures(data_dir, split, seen) for split in ("val", "train"))
-    places = {"four": slice(TRAIN)}
-    places |= {f"few_{n}_{seed}": slice(n * seed, n * (seed + 1)) for n in counts for seed in range(seeds) if n < TRAIN}
-    for name, place in places.items():
-        copy_pictures({emotion: learn[emotion][:TRAIN][place] for emotion in CLASSES}, output_dir / name / "train")
-        copy_pictures({emotion: test[emotion][:TEST] for emotion in CLASSES}, output_dir / name / "test")
-    others = {name: paths for name, paths in learn.items() if name not in CLASSES}
-    copy_pictures(others, output_dir / "others" / "train")
+    test, train = (unique_images(folders[split], seen) for split in ("val", "train"))
+    parts = {"four": slice(TRAIN)}
+    parts |= {f"few_{n}_{seed}": slice(n * seed, n * (seed + 1)) for n in counts for seed in range(seeds) if n < TRAIN}
+    for name, part in parts.items():
+        copy_images({emotion: train[emotion][:TRAIN][part] for emotion in CLASSES}, output_dir / name / "train")
+        copy_images({emotion: test[emotion][:TEST] for emotion in CLASSES}, output_dir / name / "test")
+    others = {name: paths for name, paths in train.items() if name not in CLASSES}
+    copy_images(others, output_dir / "others" / "train")
 
 
 def test_accuracy(folder: Path) -> tuple[int, int]:
-    """(right, all) of the report on test/ that training has left in `folder`."""
+    """(correct, count) of the report on test/ that training has left in `folder`."""
     metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
     if metrics["split"] != "test":
         raise InputError(f"{folder} holds no report on test/; remove it and start again")
@@ -91,32 +91,31 @@ def format_accuracy(results: list[tuple[int, int]]) -> str:
 
 def main() -> None:
     parser = ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--data-dir", metavar="DIR", default=".", help="FER2013, with train/ and val/ (default: .)")
-    parser.add_argument("--output-dir", metavar="DIR", default="small_data", help="sets and runs (default: small_data)")
-    parser.add_argument("--arch", default=DEFAULT_ARCH, help=f"of the second table (default: {DEFAULT_ARCH})")
-    parser.add_argument("--recipes", nargs="*", metavar="ARCH", help=f"the first table (default: {SYSTEM} and --arch)")
-    parser.add_argument("--counts", nargs="*", type=count, default=[25, 100, TRAIN], help="(default: 25 100 1000)")
-    parser.add_argument("--seeds", type=count, default=3, help="how many for counts below 1000 (default: 3)")
-    parser.add_argument("--lr", type=float, default=0.001, help="of the second table (default: 0.001)")
-    parser.add_argument("--epochs", type=count, help="of it, for 1,000 pictures a class (default: the recipe's)")
+    add = parser.add_argument
+    add("--data-dir", metavar="DIR", default=".", help="FER2013, with train/ and val/")
+    add("--output-dir", metavar="DIR", default="small_data", help="sets and runs")
+    add("--arch", default=DEFAULT_ARCH, help="of the second table")
+    add("--recipes", nargs="*", metavar="ARCH", help=f"the first table (default: {SYSTEM} and --arch)")
+    add("--counts", nargs="*", type=number(int, 1), default=[25, 100, TRAIN], help="(default: 25 100 1000)")
+    add("--seeds", type=number(int, 1), default=3, help="how many for counts below 1000")
+    add("--lr", type=number(float, 1e-9), default=0.001, help="of the second table")
+    add("--epochs", type=number(int, 1), help="of it, for 1,000 images per class (default: the recipe's)")
     args = parser.parse_args()
-    for number in args.counts:
-        if number < TRAIN < number * args.seeds:
-            raise InputError(
-                f"--counts {number}: {TRAIN:,} pictures a class have no {args.seeds} times so many; lower --seeds"
-            )
+    for count in args.counts:
+        if count < TRAIN < count * args.seeds:
+            raise InputError(f"--counts {count}: {args.seeds} times so many are more than {TRAIN:,}; lower --seeds")
     recipes = [SYSTEM, args.arch] if args.recipes is None else args.recipes
-    check_inputs(args.data_dir, args.arch, *recipes, splits=("train", "val"))
+    folders = check_inputs(args.data_dir, args.arch, *recipes, splits=("train", "val"))
     output_dir = make_output_dir(args.output_dir)
-    make_sets(Path(args.data_dir), output_dir, args.counts, args.seeds)
+    make_sets(folders, output_dir, args.counts, args.seeds)
 
-    def run(folder: str, pictures: str, arch: str, *options) -> Path:
+    def run(folder: str, images: str, arch: str, *options) -> Path:
         folder = output_dir / "runs" / f"{folder}-{arch}"
-        train(folder, "--data-dir", output_dir / pictures, "--arch", arch, "--no-pretrained", *options)
+        train(folder, "--data-dir", output_dir / images, "--arch", arch, "--no-pretrained", *options)
         return folder
 
     if recipes:
-        print(f"| {TRAIN:,} pictures a class | test accuracy (95% interval) |\n| --- | --- |", flush=True)
+        print(f"| {TRAIN:,} images per class | test accuracy (95% interval) |\n| --- | --- |", flush=True)
     for arch in recipes:
         print(f"| `{arch}` | {format_accuracy([test_accuracy(run('four', 'four', arch))])} |", flush=True)
     if not args.counts:
@@ -124,13 +123,13 @@ def main() -> None:
 
     epochs = args.epochs or get_arch(args.arch).recipe.epochs
     others = run("others", "others", args.arch, "--epochs", epochs)
-    print("\n| pictures a class | from nothing | from the other emotions |\n| --- | --- | --- |", flush=True)
-    for number in args.counts:
-        names = [f"few_{number}_{seed}" for seed in range(args.seeds)] if number < TRAIN else ["four"]
-        options = ["--lr", args.lr, "--epochs", round(epochs * math.sqrt(TRAIN / min(number, TRAIN)))]
-        options += ["--batch-size", 32] if number < TRAIN else []
-        cells = [f"{min(number, TRAIN):,}"]
-        for way, start in (("nothing", ()), ("others", ("--weights", others / BEST_NAME))):
+    print("\n| images per class | from scratch | from the other emotions |\n| --- | --- | --- |", flush=True)
+    for count in args.counts:
+        names = [f"few_{count}_{seed}" for seed in range(args.seeds)] if count < TRAIN else ["four"]
+        options = ["--lr", args.lr, "--epochs", round(epochs * math.sqrt(TRAIN / min(count, TRAIN)))]
+        options += ["--batch-size", 32] if count < TRAIN else []
+        cells = [f"{min(count, TRAIN):,}"]
+        for way, start in (("scratch", ()), ("others", ("--weights", others / BEST_NAME))):
             runs = [run(f"{name}-{way}", name, args.arch, *options, *start) for name in names]
             cells.append(format_accuracy([test_accuracy(folder) for folder in runs]))
         print(f"| {' | '.join(cells)} |", flush=True)

@@ -1,13 +1,13 @@
-"""How many minutes until a network is of use? Time until validation accuracy passes 60% and 65%.
+"""How many minutes until a model is of use? Time until validation accuracy passes 60% and 65%.
 
-    python -m benchmarks.speedrun --data-dir fer2013                        # ours; then S2's and S0's in the plain loop
-    python -m benchmarks.speedrun --data-dir fer2013 --minutes 60           # which gives the plain loops an hour each
-    python -m benchmarks.speedrun --data-dir fer2013 --plain -- --epochs 10 # ours alone, otherwise trained
+    python -m benchmarks.speedrun --data-dir fer2013              # ours; then S2's and S0's in the baseline loop
+    python -m benchmarks.speedrun --data-dir fer2013 --minutes 60           # which gives the baselines an hour each
+    python -m benchmarks.speedrun --data-dir fer2013 --baseline -- --epochs 10        # ours alone, otherwise trained
 
-Ours is train_emotion_cnn.py with OURS, or with what stands behind --; start-up, decoding the pictures, saving and the
-final report all count, as if they came before the first epoch. The others are the networks of two earlier systems by
-their recipes, in the loop of the tutorials (see benchmarks.training_speed), from the first picture on. Validation, on
-val/, counts for all. Where there is a test/ too, ours measures it at its end, as always.
+Ours is train_emotion_cnn.py with OURS, or with what follows --; start-up, decoding the images, saving and the final
+report all count, as if they came before the first epoch. The others are the networks of two earlier systems by their
+recipes, in the baseline loop (see benchmarks/baseline.py), from the first image on. Validation, on val/, counts for
+all. If there is a test/ too, ours measures it at its end, as always.
 """
 
 import multiprocessing
@@ -19,13 +19,15 @@ from collections.abc import Iterable, Iterator
 
 import torch
 
-from benchmarks import check_inputs, train
-from benchmarks.training_speed import describe, fastest_plain, plain_loader, plain_model, plain_step
-from console import ArgumentParser, run_script
+from benchmarks import baseline, check_inputs, train
+from benchmarks.training_speed import describe, fastest_workers
+from console import ArgumentParser, number, run_script
+from data import find_splits
 from device import limit_threads, pick_device
 from engine.optim import make_scheduler
+from engine.settings import Settings
 from errors import InputError
-from train_emotion_cnn import DEFAULT_ARCH, settle
+from train_emotion_cnn import DEFAULT_ARCH, parse_settings
 
 GOALS = (0.60, 0.65)
 # So few epochs want smaller batches, which make more steps, weak augmentation and a short average.
@@ -45,22 +47,25 @@ def run_ours(args) -> list[tuple[float, float]]:
     return done
 
 
-def train_plainly(pipe, settings: dict, workers: int) -> None:
-    """Sends (minutes, validation accuracy) after each epoch of the recipe in the plain loop."""
+def train_baseline(pipe, settings: Settings, workers: int) -> None:
+    """Sends (minutes, validation accuracy) after each epoch of the recipe in the baseline loop."""
     limit_threads()
-    start, device = time.perf_counter(), pick_device()
-    torch.manual_seed(settings["seed"])
-    batches = {split: plain_loader(settings, split, workers, device) for split in ("train", "val")}
-    model, optimizer = plain_model(settings, len(batches["train"].dataset.classes), device)
-    scheduler = make_scheduler(settings["schedule"], optimizer, total_steps=0)  # none or plateau
-    for _ in range(settings["epochs"]):
+    start, device, folders = time.perf_counter(), pick_device(), find_splits(settings.data_dir)
+    torch.manual_seed(settings.seed)
+    batches, val_batches = (
+        baseline.make_loader(folders[split], settings, workers, device, is_train=split == "train")
+        for split in ("train", "val")
+    )
+    model, optimizer = baseline.make_model(settings, len(batches.dataset.classes), device)
+    scheduler = make_scheduler(settings.schedule, optimizer, total_steps=0)  # none or plateau
+    for _ in range(settings.epochs):
         model.train()
-        for inputs, labels in batches["train"]:
-            plain_step(model, optimizer, inputs, labels, device)
+        for inputs, labels in batches:
+            baseline.train_step(model, optimizer, inputs, labels, device)
         model.eval()
-        correct, loss, total = 0, 0.0, len(batches["val"].dataset)
+        correct, loss, total = 0, 0.0, len(val_batches.dataset)
         with torch.no_grad():
-            for inputs, labels in batches["val"]:
+            for inputs, labels in val_batches:
                 outputs, labels = model(inputs.to(device)), labels.to(device)
                 loss += torch.nn.functional.cross_entropy(outputs, labels, reduction="sum").item() / total
                 correct += (outputs.argmax(1) == labels).sum().item()
@@ -70,11 +75,11 @@ def train_plainly(pipe, settings: dict, workers: int) -> None:
     pipe.close()
 
 
-def run_plain(settings: dict, workers: int) -> Iterator[tuple[float, float]]:
-    """What train_plainly sends, from a process of its own, which has none of our settings."""
+def run_baseline(settings: Settings, workers: int) -> Iterator[tuple[float, float]]:
+    """What train_baseline sends, from a process of its own, which has none of our settings."""
     context = multiprocessing.get_context("spawn")
     pipe, theirs = context.Pipe()
-    process = context.Process(target=train_plainly, args=(theirs, settings, workers))
+    process = context.Process(target=train_baseline, args=(theirs, settings, workers))
     process.start()
     theirs.close()
     try:
@@ -83,7 +88,8 @@ def run_plain(settings: dict, workers: int) -> Iterator[tuple[float, float]]:
     except EOFError:  # the recipe has ended, or the process has
         process.join()
         if process.exitcode:
-            raise InputError(f"the plain loop of {settings['arch']} ended with {process.exitcode}, see above") from None
+            message = f"the baseline loop of {settings.arch} ended with {process.exitcode}, see above"
+            raise InputError(message) from None
     finally:
         process.terminate()
         process.join()
@@ -109,35 +115,39 @@ def format_row(name: str, done: list[tuple[float, float]]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def settle_plain(arch: str, args) -> dict:
-    """The recipe of `arch`; InputError where the plain loop can't follow it."""
-    settings = settle({"arch": arch, "data_dir": args.data_dir, "seed": args.seed, "pretrained": False})[0]
-    plain = {"class_weights": ("none",), "label_smoothing": (0.0,), "ema": (0.0,), "schedule": ("none", "plateau")}
-    for name, known in plain.items():
-        if settings[name] not in known:
-            raise InputError(f"--plain {arch}: its recipe has {name} {settings[name]}, which the plain loop has not")
+def parse_recipe(arch: str, args) -> Settings:
+    """The recipe of `arch`; InputError if the baseline loop can't follow it."""
+    flags = ["--arch", arch, "--data-dir", args.data_dir, "--seed", str(args.seed), "--no-pretrained"]
+    settings, _ = parse_settings(flags)
+    known = {"label_smoothing": (0.0,), "mixup": (0.0,), "ema": (0.0,)}
+    known |= {"class_weights": ("none",), "schedule": ("none", "plateau")}
+    for name, values in known.items():
+        value = getattr(settings, name)
+        if value not in values:
+            raise InputError(f"--baseline {arch}: its recipe has {name} {value}, which the baseline loop has not")
     return settings
 
 
 def main() -> None:
     parser = ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--data-dir", metavar="DIR", default=".", help="holds train/ and val/ (default: .)")
-    parser.add_argument("--arch", default=DEFAULT_ARCH, help=f"ours (default: {DEFAULT_ARCH})")
-    parser.add_argument("--plain", nargs="*", default=["cnn4_bn", "cnn6_bn"], help="(default: cnn4_bn cnn6_bn)")
-    parser.add_argument("--minutes", type=float, default=1e9, help="the most that each plain loop gets (default: all)")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="at most, for the plain loops")
-    parser.add_argument("--seed", type=int, default=0, help="(default: 0)")
-    parser.add_argument("options", nargs="*", default=OURS, metavar="-- OPTIONS", help="for ours (default: OURS)")
+    add = parser.add_argument
+    add("--data-dir", metavar="DIR", default=".", help="holds train/ and val/")
+    add("--arch", default=DEFAULT_ARCH, help="ours")
+    add("--baseline", nargs="*", default=["cnn4_bn", "cnn6_bn"], help="(default: cnn4_bn cnn6_bn)")
+    add("--minutes", type=number(float, 0), default=1e9, help="the most that each baseline gets (default: all)")
+    add("--workers", type=number(int, 0), default=os.cpu_count(), help="of the baseline loop, at most")
+    add("--seed", type=int, default=0, help="of all")
+    add("options", nargs="*", default=OURS, metavar="-- OPTIONS", help="for ours (default: OURS)")
     args = parser.parse_args()
-    check_inputs(args.data_dir, args.arch, *args.plain, splits=("train", "val"))
-    recipes = [settle_plain(arch, args) for arch in args.plain]
+    check_inputs(args.data_dir, args.arch, *args.baseline, splits=("train", "val"))
+    recipes = [parse_recipe(arch, args) for arch in args.baseline]
     goals = " | ".join(f"minutes to {100 * goal:.0f}%" for goal in GOALS)
     print(f"{describe(pick_device(), 'auto')}\n\n| network | {goals} |\n| --- |{' --- |' * len(GOALS)}", flush=True)
     print(format_row(f"`{args.arch}`, `{' '.join(args.options)}`", run_ours(args)), flush=True)
     for settings in recipes:
-        workers = fastest_plain(settings, 3, args.workers)
-        done = until_goals(run_plain(settings, workers), args.minutes)
-        print(format_row(f"`{settings['arch']}`, plain loop, recipe of {settings['epochs']} epochs", done), flush=True)
+        workers = fastest_workers(settings, 3, args.workers)
+        done = until_goals(run_baseline(settings, workers), args.minutes)
+        print(format_row(f"`{settings.arch}`, baseline loop, recipe of {settings.epochs} epochs", done), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,15 +1,15 @@
-"""Images per second of training: the plain way, our loop, and our step alone, side by side on the same pictures.
+"""Images per second of training: the baseline loop, our loop, and our step alone, side by side on the same images.
 
     python -m benchmarks.training_speed --data-dir fer2013
     python -m benchmarks.training_speed --data-dir fer2013 --arch cnn4_bn --batch-size 1024      # on a GPU
 
-plain   what tutorials show: ImageFolder, a PIL transform per picture, a DataLoader, float32, loss.item() every step
-ours    the training part of train_emotion_cnn.py: batches, transfer, augmentation, step, running metrics
-step    our step alone, on one batch that is ready on the device
+baseline   the loop of PyTorch's tutorials, see benchmarks/baseline.py
+ours       the training part of train_emotion_cnn.py: batches, transfer, augmentation, step, running metrics
+step       our step alone, on one batch that is ready on the device
 
-Network, pictures, batch size, kinds of augmentation, optimiser and threads are the same for all three. Each runs in a
+Network, images, batch size, kinds of augmentation, optimizer and threads are the same for all three. Each runs in a
 process of its own, so that none inherits another's settings, and they take turns; figures are medians over rounds,
-ratios the medians of each round's ratio, since a machine's clock drifts. The plain way gets whatever number of workers
+ratios the medians of each round's ratio, since a machine's clock drifts. The baseline gets whatever number of workers
 is fastest for it, and is timed in its steady state, when its workers' queue is neither filled nor emptied.
 """
 
@@ -27,102 +27,45 @@ from pathlib import Path
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
-from torchvision import datasets, transforms
 
-from benchmarks import check_inputs, count
-from console import ArgumentParser, run_script
+from benchmarks import baseline, check_inputs
+from console import ArgumentParser, number, run_script
+from data import find_splits
 from device import PRECISIONS, keep_freed_memory, limit_threads, pick_device, pick_precision
-from engine.augment import Strengths, parse_augment
-from engine.loop import train_one_epoch
+from engine import resume
+from engine.augment import parse_augment
+from engine.distributed import ALONE
+from engine.loop import TrainStep, train_one_epoch
 from engine.pretrained import train_mode
-from engine.resume import Run
+from engine.settings import Settings
 from errors import InputError
-from models import Dropout, InputSpec, create_model, get_arch, input_spec_for
-from splits import draw_order, load_splits
-from train_emotion_cnn import settle, to_config
+from models import InputSpec, create_model, get_arch
+from splits import Batches, draw_order, load_splits
+from train_emotion_cnn import load_data, make_model, make_step, parse_settings, seed_torch
 
 ARCHS = ("seresnet13", "cnn6_bn", "cnn6_rgb", "cnn4_bn", "cnn4", "mobilenet_v2")
-FER2013 = 28_709  # training pictures
+FER2013 = 28_709  # training images
 MATMUL = 4096
 
 
-def synchronise(device: torch.device) -> None:
+def synchronize(device: torch.device) -> None:
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
 
 
-def check_count(count: int, settings: dict) -> None:
-    if count < settings["batch_size"]:
-        raise InputError(f"{count} pictures fill no batch of {settings['batch_size']}; pass a smaller --batch-size")
+def check_count(count: int, settings: Settings) -> None:
+    if count < settings.batch_size:
+        raise InputError(f"{count} images fill no batch of {settings.batch_size}; pass a smaller --batch-size")
 
 
-# The plain way
+# Three ways to train: each is made ready, and returns a function that trains so many steps and returns the seconds
 
 
-def plain_transform(spec: InputSpec, strengths: Strengths) -> transforms.Compose:
-    """The same kinds of augmentation from torchvision, a picture at a time."""
-    size = spec.image_size
-    steps = [transforms.Grayscale()] if spec.channels == 1 else []
-    if strengths.crop < 1:
-        steps.append(transforms.RandomResizedCrop(size, scale=(strengths.crop, 1), ratio=(3 / 4, 4 / 3)))
-    else:
-        steps.append(transforms.Resize((size, size)))
-    if strengths.flip:
-        steps.append(transforms.RandomHorizontalFlip(strengths.flip))
-    if strengths.translate or strengths.scale:
-        zoom = (1 - strengths.scale, 1 + strengths.scale)
-        steps.append(transforms.RandomAffine(strengths.rotation, (strengths.translate,) * 2, zoom))
-    elif strengths.rotation:
-        steps.append(transforms.RandomRotation(strengths.rotation))
-    if strengths.brightness or strengths.contrast:
-        steps.append(transforms.ColorJitter(strengths.brightness, strengths.contrast))
-    if strengths.window < 1:
-        steps.append(transforms.RandomCrop(round(strengths.window * size)))
-    steps += [transforms.ToTensor(), transforms.Normalize(spec.mean, spec.std)]
-    return transforms.Compose(steps + [transforms.RandomErasing(strengths.erase)] * (strengths.erase > 0))
-
-
-def plain_loader(settings: dict, split: str, workers: int, device: torch.device) -> torch.utils.data.DataLoader:
-    """Batches of a split by ImageFolder, a transform a picture and `workers` processes; augmented for train."""
-    strengths = parse_augment(settings["augment"] if split == "train" else "none")
-    transform = plain_transform(input_spec_for(settings["arch"], settings["image_size"]), strengths)
-    return torch.utils.data.DataLoader(
-        datasets.ImageFolder(Path(settings["data_dir"]) / split, transform),
-        settings["batch_size"],
-        shuffle=split == "train",
-        drop_last=split == "train",
-        num_workers=workers,
-        pin_memory=device.type == "cuda",
-        persistent_workers=workers > 0,
-    )
-
-
-def plain_model(settings: dict, num_classes: int, device: torch.device) -> tuple[nn.Module, torch.optim.Optimizer]:
-    """The network with torch's own dropout, and the optimiser of its recipe."""
-    model = create_model(settings["arch"], num_classes, image_size=settings["image_size"]).to(device).train()
-    for module in model.modules():
-        if isinstance(module, Dropout):
-            module.__class__ = nn.Dropout
-    kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}[settings["optimizer"]]
-    return model, kind(model.parameters(), lr=settings["lr"], weight_decay=settings["weight_decay"])
-
-
-def plain_step(model: nn.Module, optimizer: torch.optim.Optimizer, inputs, labels, device: torch.device):
-    """One step of the tutorials' loop on a batch of a loader: its mean loss and how many were right."""
-    inputs, labels = inputs.to(device), labels.to(device)
-    optimizer.zero_grad()
-    outputs = model(inputs)
-    loss = nn.functional.cross_entropy(outputs, labels)
-    loss.backward()
-    optimizer.step()
-    return loss.item(), (outputs.argmax(1) == labels).sum().item()
-
-
-def make_plain(settings: dict, workers: int, device: torch.device):
-    """A function that trains so many batches the plain way and returns the seconds."""
-    loader = plain_loader(settings, "train", workers, device)
+def make_baseline(settings: Settings, workers: int, device: torch.device):
+    folder = find_splits(settings.data_dir)["train"]
+    loader = baseline.make_loader(folder, settings, workers, device, is_train=True)
     check_count(len(loader.dataset), settings)
-    model, optimizer = plain_model(settings, len(loader.dataset.classes), device)
+    model, optimizer = baseline.make_model(settings, len(loader.dataset.classes), device)
 
     def endless():
         while True:
@@ -137,76 +80,74 @@ def make_plain(settings: dict, workers: int, device: torch.device):
         return seconds
 
     def train(steps: int) -> float:
-        synchronise(device)
+        synchronize(device)
         start, running_loss, correct = time.perf_counter(), 0.0, 0
         for _ in range(steps):
-            loss, right = plain_step(model, optimizer, *next(batches), device)
+            loss, right = baseline.train_step(model, optimizer, *next(batches), device)
             running_loss, correct = running_loss + loss, correct + right
-        synchronise(device)
+        synchronize(device)
         return time.perf_counter() - start
 
     return measure
 
 
-# Ours
-
-
-def make_run(settings: dict, device: torch.device) -> Run:
-    spec = input_spec_for(settings["arch"], settings["image_size"])
-    splits = load_splits(settings["data_dir"], spec, device, val_fraction=settings["val_fraction"], seed=0)
+def start_training(settings: Settings, device: torch.device) -> tuple[TrainStep, Batches]:
+    """The step and the training images, as train_emotion_cnn.py makes them."""
+    seed_torch(settings)
+    splits = load_data(settings, device)
     check_count(len(splits.train), settings)
-    run = Run(settings, to_config(settings), splits, device, is_resumed=False)
-    train_mode(run.model)
-    return run
+    model = make_model(settings, splits, device)
+    train_mode(model)
+    return make_step(settings, splits, model, ALONE), splits.train
 
 
-def make_ours(settings: dict, _, device: torch.device):
-    run = make_run(settings, device)
-    train, size = run.splits.train, settings["batch_size"]
+def make_ours(settings: Settings, _, device: torch.device):
+    step, train = start_training(settings, device)
 
     def measure(steps: int) -> float:
-        epochs = 1 + steps * size // len(train)
-        order = torch.cat([draw_order(train.labels, balanced=False, generator=None) for _ in range(epochs)])
-        order = order[: steps * size]
-        synchronise(device)
+        count = steps * settings.batch_size
+        epochs = range(1 + count // len(train))
+        order = torch.cat([draw_order(train.labels, "shuffle", seed=epoch) for epoch in epochs])[:count]
+        synchronize(device)
         start = time.perf_counter()
-        train_one_epoch(run.step, train.iterate(size, order), total=len(order))
-        synchronise(device)
+        train_one_epoch(step, train, order, batch_size=settings.batch_size)
+        synchronize(device)
         return time.perf_counter() - start
 
     return measure
 
 
-def make_step(settings: dict, _, device: torch.device):
-    run = make_run(settings, device)
-    images, labels = next(run.splits.train.iterate(settings["batch_size"]))
-    inputs = run.step.prepare(images)
-    run.step.prepare = lambda inputs: inputs
+def make_step_alone(settings: Settings, _, device: torch.device):
+    step, train = start_training(settings, device)
+    images, labels = next(train.iterate(settings.batch_size))
+    inputs = step.augment(images, generator=step.generator)
+    step.augment = lambda inputs, generator: inputs
 
     def measure(steps: int) -> float:
-        synchronise(device)
+        synchronize(device)
         start = time.perf_counter()
         for _ in range(steps):
-            run.step(inputs, labels)
-        synchronise(device)
+            step(inputs, labels)
+        synchronize(device)
         return time.perf_counter() - start
 
     return measure
 
 
-def measure_saving(settings: dict, device: torch.device) -> float:
+def measure_saving(settings: Settings, device: torch.device) -> float:
     """Seconds to write both checkpoints and the history, as after an epoch that was the best so far."""
+    step, train = start_training(settings, device)
+    step(*next(train.iterate(settings.batch_size)))  # the optimizer has no state before
+    progress, seconds = resume.Progress(), []
+    names = ("lr", "train_loss", "train_acc", "val_loss", "val_acc", "images_per_s", "seconds")
+    for epoch in (1, 2):
+        progress.add({"epoch": epoch} | dict.fromkeys(names, 0.5))
     with tempfile.TemporaryDirectory(dir=".") as folder:  # where training writes; /tmp may be in memory
-        run = make_run({**settings, "output_dir": folder}, device)
-        run.step(*next(run.splits.train.iterate(settings["batch_size"])))
-        names = ("epoch", "lr", "train_loss", "train_acc", "val_loss", "val_acc", "images_per_s", "seconds")
-        run.history = [dict.fromkeys(names, 0.5)] * 2
-        seconds = []
         for _ in range(5):
             start = time.perf_counter()
-            run.save(is_best=True)
+            resume.save(Path(folder), step, progress, settings.to_config(), {}, is_best=True)
             seconds.append(time.perf_counter() - start)
-        return statistics.median(seconds)
+    return statistics.median(seconds)
 
 
 # The comparison
@@ -215,9 +156,9 @@ def measure_saving(settings: dict, device: torch.device) -> float:
 class Contestant:
     """A way to train, in its own process: `rate(seconds)` is its images per second over about so long."""
 
-    def __init__(self, make, settings: dict, workers: int = 0):
+    def __init__(self, make, settings: Settings, workers: int = 0):
         context = multiprocessing.get_context("spawn")
-        self.batch_size = settings["batch_size"]
+        self.batch_size = settings.batch_size
         self.pipe, other = context.Pipe()
         self.process = context.Process(target=_serve, args=(other, make, settings, workers))
         self.process.start()
@@ -229,7 +170,7 @@ class Contestant:
             self.pipe.send(steps)
             return self.pipe.recv()
         except (EOFError, OSError):
-            raise InputError("one of the ways to train has stopped; its message stands above") from None
+            raise InputError("one of the ways to train has stopped; its message is above") from None
 
     def rate(self, seconds: float) -> float:
         steps = max(2, round(seconds / self._measure(1)))
@@ -240,12 +181,12 @@ class Contestant:
         self.process.join()
 
 
-def _serve(pipe, make, settings: dict, workers: int) -> None:
+def _serve(pipe, make, settings: Settings, workers: int) -> None:
     limit_threads()
-    if make is not make_plain:
+    if make is not make_baseline:
         keep_freed_memory()
     try:
-        measure = make(settings, workers, pick_device(settings["device"]))
+        measure = make(settings, workers, pick_device(settings.device))
         while True:
             pipe.send(measure(pipe.recv()))
     except InputError as error:
@@ -254,73 +195,72 @@ def _serve(pipe, make, settings: dict, workers: int) -> None:
         pass
 
 
-def fastest_plain(settings: dict, seconds: float, most_workers: int) -> int:
-    """The number of workers, up to `most_workers`, with which the plain way is fastest."""
+def fastest_workers(settings: Settings, seconds: float, most_workers: int) -> int:
+    """The number of workers, up to `most_workers`, with which the baseline loop is fastest."""
     rates = {}
     for workers in sorted({0, 1, 2, most_workers // 2, most_workers}):
         if workers <= most_workers:
-            with contextlib.closing(Contestant(make_plain, settings, workers)) as plain:
-                plain.rate(seconds)
-                rates[workers] = plain.rate(seconds)
+            with contextlib.closing(Contestant(make_baseline, settings, workers)) as contestant:
+                contestant.rate(seconds)
+                rates[workers] = contestant.rate(seconds)
     return max(rates, key=rates.get)
 
 
 def matmul_rate(precision: torch.dtype, device: torch.device) -> float:
-    """Arithmetic operations per second of a square matrix product."""
+    """Peak FLOPS: arithmetic operations per second of a square matrix product."""
     a = torch.randn(MATMUL, MATMUL, device=device).to(precision)
     seconds = []
     for _ in range(4):
-        synchronise(device)
+        synchronize(device)
         start = time.perf_counter()
         a @ a
-        synchronise(device)
+        synchronize(device)
         seconds.append(time.perf_counter() - start)
     return 2 * MATMUL**3 / min(seconds[1:])
 
 
 def count_multiply_adds(model: nn.Module, side: int) -> int:
-    """Of the convolutions and linear layers, for one picture of `side` x `side` pixels."""
+    """Of the convolutions and linear layers, for one image of `side` x `side` pixels."""
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model.eval()(torch.zeros(1, model.info.input_spec.channels, side, side))
     return counter.get_total_flops() // 2
 
 
-def count_operations(settings: dict) -> int:
-    """Arithmetic operations of training on one picture: a multiply-add is two, and backward counts twice forward.
+def count_operations(settings: Settings) -> int:
+    """Arithmetic operations of training on one image: a multiply-add is two, and backward counts twice forward.
 
     The first layer needs no gradient of its input, so that is up to one percent too much.
     """
-    model = create_model(settings["arch"], 7, image_size=settings["image_size"])
-    side = round(parse_augment(settings["augment"]).window * model.info.input_spec.image_size)
+    model = create_model(settings.arch, 7, image_size=settings.image_size)
+    side = round(parse_augment(settings.augment).window * model.info.input_spec.image_size)
     return 6 * count_multiply_adds(model, side)
 
 
-def compare(settings: dict, args: argparse.Namespace, device: torch.device) -> str:
+def compare(settings: Settings, args: argparse.Namespace, device: torch.device) -> str:
     """A row of the table."""
-    precision = pick_precision(settings["precision"], device)
-    workers = fastest_plain(settings, args.seconds, args.workers)
-    rates = {name: [] for name in ("plain", "ours", "step", "matmul")}
+    precision = pick_precision(settings.precision, device)
+    workers = fastest_workers(settings, args.seconds, args.workers)
+    rates = {name: [] for name in ("baseline", "ours", "step", "matmul")}
     with contextlib.ExitStack() as stack:
         ways = {}
-        for name, make in (("plain", make_plain), ("ours", make_ours), ("step", make_step)):
+        for name, make in (("baseline", make_baseline), ("ours", make_ours), ("step", make_step_alone)):
             ways[name] = stack.enter_context(contextlib.closing(Contestant(make, settings, workers)))
         for _ in range(args.rounds):
             for name, way in ways.items():
                 rates[name].append(way.rate(args.seconds))
             rates["matmul"].append(matmul_rate(precision, device))
-    a, b, c, _ = (statistics.median(rates[name]) for name in rates)
+    medians = {name: statistics.median(values) for name, values in rates.items()}
     by = {name: statistics.median(x / y for x, y in zip(rates["ours"], rates[name], strict=True)) for name in rates}
-    share = by["matmul"] * count_operations(settings)
-    saving = measure_saving(settings, device) / (FER2013 / b)
+    mfu, epoch = by["matmul"] * count_operations(settings), FER2013 / medians["ours"]
     return (
-        f"| `{settings['arch']}` | {settings['image_size']} | {settings['batch_size']} | {a:,.0f} ({workers}) | "
-        f"{b:,.0f} | {c:,.0f} | {by['plain']:.2f} | {by['step']:.3f} | {100 * share:.0f}% | {FER2013 / b:,.1f} | "
-        f"{100 * saving:.1f}% |"
+        f"| `{settings.arch}` | {settings.image_size} | {settings.batch_size} | {medians['baseline']:,.0f} ({workers}) "
+        f"| {medians['ours']:,.0f} | {medians['step']:,.0f} | {by['baseline']:.2f} | {by['step']:.3f} | "
+        f"{100 * mfu:.0f}% | {epoch:,.1f} | {100 * measure_saving(settings, device) / epoch:.1f}% |"
     )
 
 
 def describe_loading(data_dir: str, device: torch.device) -> str:
-    """How long a first run decodes the pictures, and a second one reads them from the cache."""
+    """How long a first run decodes the images, and a second one reads them from the cache."""
     seconds = []
     with tempfile.TemporaryDirectory() as cache_dir:
         for _ in range(2):
@@ -328,7 +268,7 @@ def describe_loading(data_dir: str, device: torch.device) -> str:
             splits = load_splits(data_dir, InputSpec(), device, val_fraction=0.1, seed=0, cache_dir=cache_dir)
             seconds.append(time.perf_counter() - start)
     count = len(splits.train) + len(splits.val) + len(splits.test or [])
-    return f"{count:,} pictures decoded in {seconds[0]:.1f} s, read from the cache in {seconds[1]:.2f} s"
+    return f"{count:,} images decoded in {seconds[0]:.1f} s, read from the cache in {seconds[1]:.2f} s"
 
 
 def describe(device: torch.device, precision: str) -> str:
@@ -346,15 +286,16 @@ def describe(device: torch.device, precision: str) -> str:
 
 def get_args_parser() -> ArgumentParser:
     parser = ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--data-dir", metavar="DIR", default=".", help="its train/ is used (default: .)")
-    parser.add_argument("--arch", nargs="+", default=ARCHS, help=f"(default: {' '.join(ARCHS)})")
-    parser.add_argument("--image-size", type=count, default=96, help="of backbones (default: 96)")
-    parser.add_argument("--batch-size", type=count, help="(default: the recipe's)")
-    parser.add_argument("--rounds", type=count, default=9, help="the median is printed (default: 9)")
-    parser.add_argument("--seconds", type=float, default=2.0, help="of each round, about (default: 2)")
-    parser.add_argument("--workers", type=int, default=torch.get_num_threads(), help="at most, for the plain way")
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--precision", choices=PRECISIONS, default="auto", help="of ours (default: auto)")
+    add = parser.add_argument
+    add("--data-dir", metavar="DIR", default=".", help="holds train/")
+    add("--arch", nargs="+", default=ARCHS, help=f"(default: {' '.join(ARCHS)})")
+    add("--image-size", type=number(int, 32), default=96, help="of backbones")
+    add("--batch-size", type=number(int, 2), help="(default: the recipe's)")
+    add("--rounds", type=number(int, 1), default=9, help="the median is printed")
+    add("--seconds", type=number(float, 0.01), default=2.0, help="of each round, about")
+    add("--workers", type=number(int, 0), default=torch.get_num_threads(), help="of the baseline loop, at most")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+    add("--precision", choices=PRECISIONS, default="auto", help="of ours")
     return parser
 
 
@@ -365,16 +306,16 @@ def main() -> None:
     print(f"{describe(device, args.precision)}; {args.rounds} rounds of about {args.seconds:g} s, median")
     print(describe_loading(args.data_dir, device))
     print(
-        "| arch | pixels | batch | plain img/s (workers) | ours img/s | step img/s | ours / plain | ours / step | "
-        "of matrix product | s per FER2013 epoch | saving |\n|" + " --- |" * 11
+        "| arch | pixels | batch | baseline img/s (workers) | ours img/s | step img/s | ours / baseline | ours / step "
+        "| MFU | s per FER2013 epoch | saving |\n|" + " --- |" * 11
     )
     for arch in args.arch:
-        given = {"arch": arch, "data_dir": args.data_dir, "device": args.device, "precision": args.precision}
+        flags = ["--arch", arch, "--data-dir", args.data_dir, "--device", args.device, "--precision", args.precision]
         if get_arch(arch).is_backbone:
-            given |= {"image_size": args.image_size, "pretrained": False}
+            flags += ["--image-size", str(args.image_size), "--no-pretrained"]
         if args.batch_size:
-            given["batch_size"] = args.batch_size
-        settings, _ = settle(given)
+            flags += ["--batch-size", str(args.batch_size)]
+        settings, _ = parse_settings(flags)
         print(compare(settings, args, device), flush=True)
 
 

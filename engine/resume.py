@@ -6,6 +6,7 @@ import math
 import os
 import shutil
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from checkpoints import (
@@ -31,13 +32,12 @@ MAY_CHANGE = {"epochs", "device", "output_dir", "resume", "data_dir", "cache_dir
 class Progress:
     """How far a run has come: what is saved and restored besides the state of the TrainStep."""
 
-    epoch: int = 0
+    epoch: int = 0  # the last that is saved
     history: list[dict] = field(default_factory=list)  # one row per epoch
     best: dict = field(default_factory=lambda: {"epoch": 0, "val_acc": -1.0, "val_loss": math.inf})
 
     def add(self, row: dict) -> bool:
         """Appends the row of an epoch; True if it is the best so far, by accuracy, then by loss."""
-        self.epoch = row["epoch"]
         self.history.append(row)
         is_best = (row["val_acc"], -row["val_loss"]) > (self.best["val_acc"], -self.best["val_loss"])
         if is_best:
@@ -56,13 +56,9 @@ def save(
     output_dir: Path, step: TrainStep, progress: Progress, config: dict, fingerprint: dict, *, is_best: bool
 ) -> None:
     """Writes the best checkpoint if the last epoch `is_best`, then the final one and the history."""
-    if progress.epoch == 1:
-        keep_previous(output_dir)
-    names = ("val_loss", "val_acc", "train_loss", "train_acc")
-    metrics = {name: progress.history[-1][name] for name in names}
-    checkpoint = make_checkpoint(step.eval_model, epoch=progress.epoch, metrics=metrics, config=without_folders(config))
-    if is_best:
-        save_checkpoint(checkpoint, output_dir / BEST_NAME)
+    row = progress.history[-1]
+    metrics = {name: row[name] for name in ("val_loss", "val_acc", "train_loss", "train_acc")}
+    checkpoint = make_checkpoint(step.eval_model, epoch=row["epoch"], metrics=metrics, config=without_folders(config))
     resumable = {
         "config": config,
         "train_state_dict": step.model.state_dict(),
@@ -73,7 +69,14 @@ def save(
         "history": progress.history,
         "best_metric": progress.best,
     }
-    save_checkpoint(checkpoint | resumable | fingerprint, output_dir / FINAL_NAME)
+    final = checkpoint | resumable | fingerprint
+    if progress.epoch == 0:
+        if (output_dir / FINAL_NAME).exists():  # of an earlier run, which stays whole if this fails for a full disk
+            save_checkpoint(final, output_dir / FINAL_NAME)
+        keep_previous(output_dir)
+    if is_best:
+        save_checkpoint(checkpoint, output_dir / BEST_NAME)
+    save_checkpoint(final, output_dir / FINAL_NAME)
     with contextlib.suppress(InputError):  # Excel locks what it shows; the report writes it again
         replace_file(output_dir / HISTORY_NAME, lambda path: write_history(progress.history, path))
 
@@ -176,9 +179,10 @@ def _is_same_run(best: dict, final: dict) -> bool:
 
 
 def copy_run(path: str, output_dir: Path) -> None:
-    """Copies a resumed run's two checkpoints to another output folder, in which an earlier best is kept."""
+    """Copies a resumed run's two checkpoints to where it goes on; another folder's earlier best is kept there."""
     path = Path(path)
     if path.parent.resolve() != output_dir.resolve():
         keep_previous(output_dir)
-        for source, name in ((path.with_name(BEST_NAME), BEST_NAME), (path, FINAL_NAME)):
-            replace_file(output_dir / name, lambda temporary, source=source: shutil.copyfile(source, temporary))
+    for source, name in ((path.with_name(BEST_NAME), BEST_NAME), (path, FINAL_NAME)):
+        if source.resolve() != (output_dir / name).resolve():
+            replace_file(output_dir / name, partial(shutil.copyfile, source))

@@ -68,17 +68,20 @@ class Settings:
         arch, strengths = get_arch(self.arch), parse_augment(self.augment)
         if self.pretrained and self.weights:
             raise InputError("--pretrained and --weights both name weights to start from; give one")
-        for flag, paths in (("--weights", [self.weights]), ("--teacher", self.teacher or ())):
-            for path in paths:
-                if path is not None and not os.path.exists(path):
-                    raise InputError(f"{flag}: no file {path!r}")
-        written = {
-            os.path.realpath(os.path.join(self.output_dir, name)) for name in (BEST_NAME, FINAL_NAME, PREVIOUS_NAME)
-        }
-        for path in self.teacher or ():
-            if os.path.realpath(path) in written:
-                raise InputError(f"--teacher {path} would be overwritten by this run; copy it, or change --output-dir")
+        if self.weights is not None and not os.path.exists(self.weights):
+            raise InputError(f"--weights: no file {self.weights!r}")
+        self.check_teachers()
         if arch.is_backbone and self.freeze and not (self.pretrained or self.weights):
             raise InputError("--freeze keeps trained weights, and with --no-pretrained there are none; leave one out")
         if strengths.window < 1 and not arch.takes_any_size:
             raise InputError(f"--augment: {arch.name} takes images of one size only; leave window out, or use crop")
+
+    def check_teachers(self) -> None:
+        """Raises InputError for teachers that are missing, or that this run would overwrite."""
+        names = (BEST_NAME, FINAL_NAME, PREVIOUS_NAME)
+        written = {os.path.realpath(os.path.join(self.output_dir, name)) for name in names}
+        for path in self.teacher or ():
+            if not os.path.exists(path):
+                raise InputError(f"--teacher: no file {path!r}")
+            if os.path.realpath(path) in written:
+                raise InputError(f"--teacher {path} would be overwritten by this run; copy it, or change --output-dir")

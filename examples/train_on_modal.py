@@ -1,14 +1,13 @@
-"""Trains on Modal's GPUs with the same script: pictures and results on a volume there, the results brought back.
+"""Trains on Modal's GPUs with the same script: images and results on a volume there, the results downloaded.
 
     pip install modal && modal setup                        # once; needs an account
     modal run -m examples.train_on_modal --data-dir fer2013 --epochs 30 --output-dir outputs
     EMOTION_GPU=H100:4 modal run -m examples.train_on_modal --data-dir fer2013          # four GPUs, by torchrun
 
-All flags but --data-dir, --output-dir and --run go to train_emotion_cnn.py as they are; those that name files of yours
-(--weights, --teacher) and --tensorboard don't work there. Pictures are uploaded once, and
-the volume is brought up to date where they have changed. A container that is taken away starts again and resumes; so
-does `--run NAME` with the name that an earlier call printed. `modal volume delete facial-emotions` removes what is kept
-there.
+All flags except --data-dir, --output-dir and --run go to train_emotion_cnn.py as they are; those that name files of
+yours (--weights, --teacher) and --tensorboard don't work there. Images are uploaded once; if they change, the volume
+is brought up to date. A container that is taken away starts again and resumes; so does `--run NAME` with the name that
+an earlier call printed. `modal volume delete facial-emotions` removes what is kept there.
 """
 
 import os
@@ -22,6 +21,7 @@ import modal
 
 from checkpoints import FINAL_NAME, replace_file
 from console import ArgumentParser, make_output_dir
+from data import find_splits
 from errors import InputError
 
 NAME = "facial-emotions"
@@ -29,7 +29,7 @@ GPU = os.environ.get("EMOTION_GPU", "T4")  # or L4, A10G, A100, H100, with :2 an
 REPO = Path(__file__).resolve().parent.parent  # /root in the container
 VOLUME_DIR = Path("/volume")
 NOT_THERE = ("--weights", "--teacher", "--tensorboard")  # files of this machine, and a package that isn't installed
-IGNORED = ~modal.FilePatternMatcher("*.py")  # all but train_emotion_cnn.py and the modules beside it
+IGNORED = ~modal.FilePatternMatcher("*.py", "engine/*.py")  # all except what training imports
 
 app = modal.App(NAME)
 volume = modal.Volume.from_name(NAME, create_if_missing=True)
@@ -42,9 +42,9 @@ image = (
 
 @app.function(image=image, gpu=GPU, volumes={str(VOLUME_DIR): volume}, timeout=24 * 3600)
 def train(data: str, run: str, gpus: int, flags: list[str]) -> int:
-    """Runs train_emotion_cnn.py on pictures data/`data` of the volume, into runs/`run` there; returns its exit code.
+    """Runs train_emotion_cnn.py on the images in data/`data` of the volume, into runs/`run`; returns its exit code.
 
-    Resumes where an earlier container left off. What it prints is streamed, and every epoch is kept.
+    Resumes if an earlier container has saved an epoch. What it prints is streamed, and every epoch is kept.
     """
     output_dir = VOLUME_DIR / "runs" / run
     launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={gpus}"] if gpus > 1 else ["-u"]
@@ -63,21 +63,20 @@ def train(data: str, run: str, gpus: int, flags: list[str]) -> int:
     return code
 
 
-def upload(folder: Path, target: str) -> int:
-    """Makes `target` on the volume hold the files of `folder`, no others; returns how many were brought or removed.
+def upload(folder: Path | None, target: str) -> int:
+    """Makes `target` on the volume hold the files of `folder` and no others; returns how many it added or removed.
 
-    A file is brought again where its size is another, or where it has changed since. Without a `folder` there is no
-    `target` either.
+    A file is uploaded again if its size differs or if it has changed since. Without `folder`, `target` is removed.
     """
     try:
         entries = [entry for entry in volume.listdir(target, recursive=True) if entry.type.name == "FILE"]
     except (FileNotFoundError, modal.exception.NotFoundError):
         entries = []
     there = {entry.path.strip("/"): entry for entry in entries}
-    paths = [Path(root, name) for root, _, names in os.walk(folder) for name in names]
+    paths = [Path(root, name) for root, _, names in os.walk(folder) for name in names] if folder else []
     here = {posixpath.join(target, path.relative_to(folder).as_posix()): path for path in paths if path.is_file()}
     gone = there.keys() - here.keys()
-    if gone and not folder.is_dir():
+    if gone and not folder:
         volume.remove_file(f"/{target}", recursive=True)
     else:
         for name in gone:
@@ -96,7 +95,7 @@ def has_changed(path: Path, entry) -> bool:
 
 
 def download(source: str, folder: Path) -> list[str]:
-    """Brings the files of `source` on the volume into `folder`; returns their names."""
+    """Copies the files of `source` on the volume into `folder`; returns their names."""
     names = []
     for entry in volume.iterdir(source, recursive=False):
         if entry.type.name == "FILE":
@@ -109,23 +108,22 @@ def download(source: str, folder: Path) -> list[str]:
 @app.local_entrypoint()
 def main(*arguments: str) -> None:
     parser = ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument(
-        "--data-dir", metavar="DIR", default=".", help="holds train/ and, where there are, val/ and test/ (default: .)"
-    )
-    parser.add_argument("--output-dir", metavar="DIR", default=".", help="for the results, at the end (default: .)")
-    parser.add_argument("--run", metavar="NAME", help="go on with an earlier run (default: a new one)")
+    add = parser.add_argument
+    add("--data-dir", metavar="DIR", default=".", help="holds train/, and val/ and test/ if there are any")
+    add("--output-dir", metavar="DIR", default=".", help="for the results, at the end")
+    add("--run", metavar="NAME", help="go on with an earlier run (default: a new one)")
     args, flags = parser.parse_known_args(arguments)
     try:
         for flag in flags:
             if flag.partition("=")[0] in NOT_THERE:
                 raise InputError(f"{flag.partition('=')[0]} doesn't work there; train with it on your own machine")
-        parts = {name: Path(args.data_dir, name) for name in ("train", "val", "test")}
-        if not parts["train"].is_dir():
+        folders = find_splits(args.data_dir)
+        if "train" not in folders:
             raise InputError(f"no folder {Path(args.data_dir, 'train')}: --data-dir must hold train/")
         output_dir = make_output_dir(args.output_dir)
         data, run = Path(args.data_dir).resolve().name, args.run or datetime.now().strftime("%Y%m%d-%H%M%S")
-        count = sum(upload(folder, f"data/{data}/{part}") for part, folder in parts.items())
-        print(f"{count:,} pictures uploaded or removed; run {run} on {GPU}")
+        count = sum(upload(folders.get(split), f"data/{data}/{split}") for split in ("train", "val", "test"))
+        print(f"{count:,} images uploaded or removed; run {run} on {GPU}")
         code = train.remote(data, run, int(GPU.partition(":")[2] or 1), flags)
         if code == 0:
             print(f"In {output_dir.resolve()}: {', '.join(download(f'runs/{run}', output_dir))}")

@@ -11,7 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from conftest import draw_folder
+from conftest import assert_refused, draw_folder, run
 
 from checkpoints import FINAL_NAME, read_checkpoint
 
@@ -32,37 +32,22 @@ def test_what_is_declared(example):
     declared = example.train._spec_
     assert declared.gpus == "T4"
     assert {str(path): kept.name for path, kept in declared.volumes.items()} == {"/volume": "facial-emotions"}
-
-
-def test_gpu_is_chosen_by_the_environment():
     code = "from examples import train_on_modal as example; print(example.train._spec_.gpus)"
     env = {**os.environ, "EMOTION_GPU": "H100:4"}
     done = subprocess.run([sys.executable, "-c", code], cwd=REPO, env=env, capture_output=True, text=True, timeout=120)
     assert done.stdout.split() == ["H100:4"], done.stderr
 
 
-def test_function_trains_resumes_and_streams(example, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(example, "VOLUME_DIR", tmp_path)
-    draw_folder(tmp_path / "data" / "faces" / "train", COUNTS)
-    flags = ["--arch", "cnn4_bn", "--batch-size", "8", "--cache-dir", str(tmp_path / "cache")]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that a local call sees no volume
-        assert example.train.local("faces", "one", 1, [*flags, "--epochs", "1"]) == 0
-        assert "epoch 1/1" in capsys.readouterr().out
-        assert example.train.local("faces", "one", 1, [*flags, "--epochs", "2"]) == 0
-        out = capsys.readouterr().out
-        assert "resumed after epoch 1" in out and "epoch 2/2" in out
-        assert example.train.local("nowhere", "two", 1, flags) == 2
-        assert "no folder" in capsys.readouterr().out
-    run = tmp_path / "runs" / "one"
-    assert read_checkpoint(run / FINAL_NAME)["epoch"] == 2
-    assert json.loads((run / "metrics.json").read_text())["split"] == "val"
-
-
-def test_the_image_gets_the_modules_and_nothing_else(example):
-    kept = {path.name for path in REPO.iterdir() if path.is_file() and not example.IGNORED(Path(path.name))}
-    assert kept == {path.name for path in REPO.glob("*.py")}
-    assert example.IGNORED(Path("tests/test_modal.py")) and example.IGNORED(Path("train/happy/drawing.png"))
+def test_the_image_gets_what_training_imports_and_nothing_else(example, tmp_path):
+    files = [path.relative_to(REPO) for depth in ("*", "*/*", "*/*/*") for path in REPO.glob(depth) if path.is_file()]
+    kept = [file for file in files if not example.IGNORED(file)]
+    assert {str(file.parent) for file in kept} == {".", "engine"}
+    for file in kept:
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        shutil.copy(REPO / file, tmp_path / file)
+    command = [sys.executable, "train_emotion_cnn.py", "--help"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and "--data-dir" in done.stdout, done.stderr
 
 
 class Folder:
@@ -119,8 +104,8 @@ def test_upload_and_download(example, tmp_path, monkeypatch):
     assert not (tmp_path / "volume" / "data" / "faces" / "train" / "happy" / "happy_001.png").exists()
     there = tmp_path / "volume" / "data" / "faces" / "train"
     assert (there / "happy" / "happy_000.png").read_bytes() == b"changed" and len(list(there.glob("*/*"))) == 24
-    assert example.upload(tmp_path / "no val", "data/faces/val") == 0
-    assert example.upload(tmp_path / "no train", "data/faces/train") == 24 and not there.exists()
+    assert example.upload(None, "data/faces/val") == 0
+    assert example.upload(None, "data/faces/train") == 24 and not there.exists()
     run = tmp_path / "volume" / "runs" / "one"
     (run / "tensorboard").mkdir(parents=True)
     (run / "metrics.json").write_text("{}" * 20)
@@ -128,36 +113,41 @@ def test_upload_and_download(example, tmp_path, monkeypatch):
     assert (tmp_path / "metrics.json").read_text() == "{}" * 20
 
 
-def run_main(example, *args):
-    with pytest.raises(SystemExit) as stop:
-        example.main.info.raw_f(*map(str, args))
-    return stop.value.code
-
-
-def test_main_trains_there_and_brings_results_back(example, tmp_path, monkeypatch, capsys):
+def test_main_trains_there_resumes_and_brings_results_back(example, tmp_path, monkeypatch):
     """Two GPUs are two processes, which share the cores here."""
     monkeypatch.setattr(example, "volume", Folder(tmp_path / "volume"))
     monkeypatch.setattr(example, "VOLUME_DIR", tmp_path / "volume")
-    monkeypatch.setattr(example, "GPU", "H100:2")
     local, calls = example.train.local, []
 
-    def remote(data, run, gpus, flags):
-        calls.append((data, gpus, flags))
+    def remote(data, name, gpus, flags):
+        calls.append((data, name, gpus, flags))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that a local call sees no volume
-            return local(data, run, gpus, flags)
+            return local(data, name, gpus, flags)
+
+    def main(words):
+        example.main.info.raw_f(*words)  # modal run calls it so
 
     monkeypatch.setattr(example, "train", SimpleNamespace(remote=remote))
     draw_folder(tmp_path / "faces" / "train", COUNTS)
-    folders = ("--data-dir", tmp_path / "faces", "--output-dir", tmp_path / "out")
-    flags = ["--epochs", "1", "--arch", "cnn4_bn", "--batch-size", "8", "--device", "cpu"]
-    assert run_main(example, *folders, *flags) == 0
-    assert calls == [("faces", 2, flags)]
-    assert json.loads((tmp_path / "out" / "metrics.json").read_text())["split"] == "val"
-    assert read_checkpoint(tmp_path / "out" / FINAL_NAME)["epoch"] == 1
-    out = capsys.readouterr().out
-    assert "24 pictures uploaded or removed" in out and "epoch 1/1" in out and "2 processes" in out
-    assert run_main(example, "--data-dir", tmp_path / "nowhere") == 2
-    assert "no folder" in capsys.readouterr().err
-    assert run_main(example, *folders, f"--weights={tmp_path / 'best_emotion_model.pth'}") == 2
-    assert "--weights" in capsys.readouterr().err and len(calls) == 1
+    draw_folder(tmp_path / "faces" / "valid", {"happy": 2})
+    folders = ("--data-dir", tmp_path / "faces", "--output-dir", tmp_path / "out", "--run", "one")
+    flags = ["--arch", "cnn4_bn", "--batch-size", "8", "--device", "cpu"]
+    for epochs, gpu, words in (
+        ("1", "H100:2", ["26 images uploaded or removed; run one on H100:2", "2 processes", "epoch 1/1"]),
+        ("2", "T4", ["; run one on T4", "resumed after epoch 1", "epoch 2/2"]),
+    ):
+        monkeypatch.setattr(example, "GPU", gpu)
+        code, out, err = run(main, *folders, *flags, "--epochs", epochs)
+        assert (code, err) == (0, "") and [word for word in words if word not in out] == []
+        assert json.loads((tmp_path / "out" / "metrics.json").read_text())["split"] == "val"
+        assert read_checkpoint(tmp_path / "out" / FINAL_NAME)["epoch"] == int(epochs)
+    assert calls == [("faces", "one", 2, [*flags, "--epochs", "1"]), ("faces", "one", 1, [*flags, "--epochs", "2"])]
+    assert (tmp_path / "volume" / "data" / "faces" / "val" / "happy").is_dir()
+    assert remote("nowhere", "two", 1, flags) == 2
+    for args, word in (
+        (["--data-dir", tmp_path / "nowhere"], "no folder"),
+        ([*folders, "--weights=a.pth"], "--weights"),
+    ):
+        assert_refused(main, args, word)
+    assert len(calls) == 3

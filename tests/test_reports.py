@@ -1,3 +1,6 @@
+"""reports.py: metrics by hand, the report as text, and plots that show something."""
+
+import csv
 import json
 import math
 import warnings
@@ -7,7 +10,7 @@ import pytest
 from PIL import Image
 
 import reports
-from reports import calibration, compute_metrics, format_report, one_class_warning, result_files, wilson_interval
+from reports import calibration, compute_metrics, format_report, one_class_warning, wilson_interval
 
 NAMES = ["angry", "happy", "sad"]
 
@@ -24,30 +27,19 @@ def metrics_of(labels, preds, names=NAMES, split="test"):
 
 
 @pytest.mark.parametrize(
-    "correct, count, low, high",
-    [
-        (8, 10, 0.4902, 0.9433),
-        (0, 10, 0.0, 0.2775),
-        (10, 10, 0.7225, 1.0),
-        (1, 1, 0.2065, 1.0),
-        (50, 100, 0.4038, 0.5962),
-        (2450, 3589, 0.6672, 0.6977),
-    ],
+    ("correct", "count", "low", "high"),
+    [(8, 10, 0.4902, 0.9433), (0, 10, 0.0, 0.2775), (10, 10, 0.7225, 1.0), (2450, 3589, 0.6672, 0.6977)],
 )
 def test_wilson_interval(correct, count, low, high):
-    assert wilson_interval(correct, count) == pytest.approx((low, high), abs=1e-4)
-
-
-@pytest.mark.parametrize("correct, count", [(0, 1), (1, 1), (0, 7), (7, 7), (3, 7), (0, 100_000)])
-def test_wilson_interval_stays_a_share_about_its_value(correct, count):
-    low, high = wilson_interval(correct, count)
-    assert -1e-12 <= low <= correct / count + 1e-12 and correct / count - 1e-12 <= high <= 1 + 1e-12
-    assert type(low) is float and type(high) is float
+    found = wilson_interval(correct, count)
+    assert found == pytest.approx((low, high), abs=1e-4) and all(type(value) is float for value in found)
+    assert -1e-12 <= found[0] <= correct / count + 1e-12 and correct / count - 1e-12 <= found[1] <= 1 + 1e-12
 
 
 def test_metrics_by_hand():
     labels, preds = [0, 0, 0, 0, 1, 1, 2, 2, 2, 2], [0, 0, 0, 1, 1, 2, 2, 2, 0, 2]
     metrics = metrics_of(labels, preds)
+    assert json.loads(json.dumps(metrics)) == metrics and "np." not in repr(metrics)  # plain values
     assert metrics["confusion_matrix"] == [[3, 1, 0], [0, 1, 1], [1, 0, 3]]  # rows are true
     assert metrics["accuracy"] == pytest.approx(0.7) and metrics["count"] == 10 and metrics["split"] == "test"
     assert metrics["balanced_accuracy"] == pytest.approx((0.75 + 0.5 + 0.75) / 3)
@@ -59,32 +51,15 @@ def test_metrics_by_hand():
     assert metrics["per_class"]["sad"] == pytest.approx({"precision": 0.75, "recall": 0.75, "f1": 0.75, "support": 4})
 
 
-def test_metrics_are_plain_values():
-    def check(value):
-        if type(value) in (dict, list):
-            for part in value.values() if type(value) is dict else value:
-                check(part)
-        else:
-            assert type(value) in (str, int, float)
-
-    metrics = metrics_of([0, 1, 2], [0, 1, 1])
-    check(metrics)
-    assert json.loads(json.dumps(metrics)) == metrics
-
-
-def test_absent_classes_do_not_weigh_in_the_means():
-    metrics = metrics_of([0, 0, 1, 1], [0, 0, 1, 2])  # no picture is sad
-    assert metrics["balanced_accuracy"] == pytest.approx(0.75)
-    assert metrics["macro_f1"] == pytest.approx((1 + 2 / 3) / 2)
-    assert metrics["per_class"]["sad"] == {"precision": 0.0, "recall": 0.0, "f1": 0.0, "support": 0}
-    assert metrics["confusion_matrix"] == [[2, 0, 0], [0, 1, 1], [0, 0, 0]]
-
-
-def test_a_class_that_is_never_predicted_counts_as_zero_without_a_warning():
+def test_classes_that_are_absent_or_never_predicted():
+    """The first don't weigh in the means, the second count as zero; neither brings a warning."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        metrics = metrics_of([0, 0, 1, 2], [0, 0, 0, 0])
-    assert metrics["macro_f1"] == pytest.approx(2 / 9) and metrics["balanced_accuracy"] == pytest.approx(1 / 3)
+        absent, never = metrics_of([0, 0, 1, 1], [0, 0, 1, 2]), metrics_of([0, 0, 1, 2], [0, 0, 0, 0])
+    assert absent["balanced_accuracy"] == pytest.approx(0.75) and absent["macro_f1"] == pytest.approx((1 + 2 / 3) / 2)
+    assert absent["per_class"]["sad"] == {"precision": 0.0, "recall": 0.0, "f1": 0.0, "support": 0}
+    assert absent["confusion_matrix"] == [[2, 0, 0], [0, 1, 1], [0, 0, 0]]
+    assert never["macro_f1"] == pytest.approx(2 / 9) and never["balanced_accuracy"] == pytest.approx(1 / 3)
 
 
 def test_calibration_by_hand():
@@ -95,13 +70,8 @@ def test_calibration_by_hand():
     rows = [[row["count"], row["confidence"], row["accuracy"]] for row in result["bins"]]
     assert np.array(rows) == pytest.approx(np.array([[4, 0.8, 0.75], [1, 0.98, 1.0]]), rel=1e-4)
     assert result["ece"] == pytest.approx((4 * 0.05 + 1 * 0.02) / 5, rel=1e-3)
-
-
-def test_calibration_of_certainty_and_of_chance():
-    labels = np.array([0, 1, 2, 0])
     certain = log_probs_of(labels, share=1 - 1e-7)
-    assert calibration(labels, certain)["ece"] == pytest.approx(0, abs=1e-5)
-    assert calibration((labels + 1) % 3, certain)["ece"] == pytest.approx(1, abs=1e-5)
+    assert [calibration(true, certain)["ece"] for true in (labels, (labels + 1) % 3)] == pytest.approx([0, 1], abs=1e-5)
 
 
 def test_metrics_hold_calibration_with_and_without_temperature():
@@ -113,39 +83,47 @@ def test_metrics_hold_calibration_with_and_without_temperature():
     assert "5.00%" in line and "20.00%" in line and "2.50" in line
 
 
-def test_one_picture():
-    metrics = metrics_of([1], [1])
-    assert metrics["accuracy"] == 1.0 and metrics["macro_f1"] == 1.0 and "100.00%" in format_report(metrics)
-
-
-@pytest.mark.parametrize("same, warned", [(79, False), (80, False), (81, True), (100, True)])
+@pytest.mark.parametrize(("same", "warned"), [(79, False), (80, False), (81, True), (100, True)])
 def test_one_class_warning_above_four_fifths(same, warned):
     metrics = metrics_of([0, 1] * 50, [1] * same + [0] * (100 - same))
     line = one_class_warning(metrics)
     assert (line is not None) == warned
-    if warned:
-        assert f"{same}%" in line and "'happy'" in line and "50%" in line and "\n" not in line
+    assert (f"warning: {same}% of the predictions" in format_report(metrics)) == warned
+    assert not warned or ("'happy'" in line and "50%" in line and "\n" not in line)
 
 
 def test_report_in_percent():
-    lines = format_report(metrics_of([0, 0, 0, 0, 1, 1, 2, 2, 2, 2], [0, 0, 0, 1, 1, 2, 2, 2, 0, 2], split="val"))
-    rows = lines.splitlines()
-    assert rows[0] == "Split: val, 10 pictures"
+    metrics = metrics_of([0, 0, 0, 0, 1, 1, 2, 2, 2, 2], [0, 0, 0, 1, 1, 2, 2, 2, 0, 2], split="val")
+    rows = format_report(metrics).splitlines()
+    assert rows[0].startswith("Split: val, 10 ")
     assert rows[1] == "Accuracy: 70.00% (95% interval 39.68 to 89.22)"
     assert "Macro F1: 66.67%" in rows[2] and "Balanced accuracy: 66.67%" in rows[2]
     assert rows[-2].split() == ["happy", "50.00%", "50.00%", "50.00%", "2"]
-    assert len({len(row) for row in rows[5:]}) == 1 and lines.endswith("\n")  # the table stands in columns
 
 
-def test_report_of_long_names_stands_in_columns():
-    rows = format_report(metrics_of([0, 1], [0, 1], ["a", "a very long name of a class indeed"])).splitlines()
-    assert len({len(row) for row in rows[5:]}) == 1
+@pytest.mark.parametrize("names", [NAMES, ["a", "a very long name of a class indeed", "c"]])
+def test_the_table_of_the_report_stands_in_columns(names):
+    rows = format_report(metrics_of([0, 1, 2], [0, 1, 2], names)).splitlines()
+    assert len({len(row) for row in rows[5:]}) == 1 and len(rows) == 9
+
+
+def test_accuracy_without_duplicates():
+    labels, preds = np.array([0, 0, 1, 1, 2]), [0, 1, 1, 1, 0]
+    for marked, line in (([0, 3], "Without the 2 images that are also in train/: 33.33% of 3 (95%"), ([], None)):
+        in_train = np.isin(np.arange(5), marked)
+        metrics = compute_metrics(labels, log_probs_of(preds), NAMES, split="test", in_train=in_train)
+        assert metrics["accuracy"] == 0.6
+        if line:
+            found = metrics["without_duplicates"]
+            assert (found["count"], found["accuracy"]) == (3, 1 / 3) and line in format_report(metrics)
+        else:
+            assert "without_duplicates" not in metrics and "also in train" not in format_report(metrics)
 
 
 # Plots
 
 
-def assert_picture(path, least=200):
+def assert_image(path, least=200):
     """A PNG of a plausible size that shows something."""
     with Image.open(path) as image:
         assert image.format == "PNG"
@@ -156,18 +134,8 @@ def assert_picture(path, least=200):
 
 
 def history_of(epochs):
-    rows = range(1, epochs + 1)
-    return [
-        {
-            "epoch": n,
-            "lr": 1e-3,
-            "train_loss": 1 / n,
-            "train_acc": 1 - 1 / n,
-            "val_loss": 1.1 / n,
-            "val_acc": 1 - 1.1 / (n + 1),
-        }
-        for n in rows
-    ]
+    names = ("train_loss", "train_acc", "val_loss", "val_acc")
+    return [{"epoch": epoch} | dict.fromkeys(names, 1 / epoch) for epoch in range(1, epochs + 1)]
 
 
 NAME_SETS = [
@@ -182,43 +150,38 @@ NAME_SETS = [
 
 @pytest.mark.parametrize("names", NAME_SETS, ids=lambda names: names[0][:10])
 def test_confusion_matrix(names, tmp_path):
-    count = len(names)
-    metrics = metrics_of(list(range(count)) * 3, list(range(count)) * 2 + [0] * count, names)
+    labels = list(range(len(names) - 1))  # the last class is absent
+    metrics = metrics_of(labels * 3, labels * 2 + [0] * len(labels), names)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         reports.plot_confusion_matrix(metrics, tmp_path / "matrix.any name")
-    pixels = assert_picture(tmp_path / "matrix.any name")
-    blue = (pixels[..., 2] > pixels[..., 0] + 80).mean()
-    assert blue > 0.005  # the cells can be seen
+    pixels = assert_image(tmp_path / "matrix.any name")
+    assert (pixels[..., 2] > pixels[..., 0] + 80).mean() > 0.005  # the blue cells can be seen
 
 
-def test_confusion_matrix_with_an_absent_class(tmp_path):
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        reports.plot_confusion_matrix(metrics_of([0, 0, 1], [0, 2, 1]), tmp_path / "matrix.png")
-    assert_picture(tmp_path / "matrix.png")
+def test_confusion_matrix_of_many_classes_has_a_limited_size(tmp_path):
+    metrics = metrics_of(range(200), range(200), [f"class {number}" for number in range(200)])
+    reports.plot_confusion_matrix(metrics, tmp_path / "matrix.png")
+    with Image.open(tmp_path / "matrix.png") as image:
+        assert max(image.size) < 5000
 
 
-@pytest.mark.parametrize("epochs", [1, 30])
-def test_history(epochs, tmp_path):
-    reports.plot_history(history_of(epochs), tmp_path / "history.png", title="cnn4 on $faces$ and $5")
-    assert_picture(tmp_path / "history.png")
-
-
-def test_history_marks_the_epoch_that_was_saved(tmp_path, monkeypatch):
-    history = history_of(4)
-    for row, acc, loss in zip(history, (0.5, 0.7, 0.7, 0.6), (1.0, 0.9, 0.8, 0.1), strict=True):
-        row["val_acc"], row["val_loss"] = acc, loss
+@pytest.mark.parametrize(("epochs", "best"), [(1, 1), (4, 3)])
+def test_history_marks_the_epoch_that_was_saved(epochs, best, tmp_path, monkeypatch):
+    history = history_of(epochs)
+    for row, acc, loss in zip(history, (0.5, 0.7, 0.7, 0.6), (1.0, 0.9, 0.8, 0.1), strict=False):
+        row |= {"val_acc": acc, "val_loss": loss}
     from matplotlib.axes import Axes
 
     marked, draw = [], Axes.axvline
     monkeypatch.setattr(Axes, "axvline", lambda self, x, **options: marked.append(x) or draw(self, x, **options))
-    reports.plot_history(history, tmp_path / "history.png", title="t")
-    assert marked == [3, 3]
+    reports.plot_history(history, tmp_path / "history.png", title="cnn4 on $faces$ and $5")
+    assert_image(tmp_path / "history.png")
+    assert marked == [best, best]
 
 
 @pytest.mark.parametrize("count", [1, 6])
-@pytest.mark.parametrize("shape", [(24, 24), (24, 24, 3)], ids=["gray", "colour"])
+@pytest.mark.parametrize("shape", [(24, 24), (24, 24, 3)], ids=["gray", "color"])
 def test_samples(count, shape, tmp_path):
     rng = np.random.default_rng(0)
     samples = [
@@ -226,15 +189,14 @@ def test_samples(count, shape, tmp_path):
         for number in range(count)
     ]
     reports.plot_samples(samples, tmp_path / "samples.png", title="3 of $5$")
-    assert_picture(tmp_path / "samples.png")
+    assert_image(tmp_path / "samples.png")
 
 
 def test_samples_show_gray_values_as_they_are(tmp_path):
-    picture = np.full((24, 24), 100, np.uint8)
-    picture[0, 0] = 140  # stretched to the range of the picture, the rest would be black
-    reports.plot_samples([(picture, "", "happy", 50.0)], tmp_path / "samples.png", title="t")
-    pixels = assert_picture(tmp_path / "samples.png", least=100)
-    assert (pixels == 100).all(-1).mean() > 0.2
+    image = np.full((24, 24), 100, np.uint8)
+    image[0, 0] = 140  # stretched to the range of the image, the rest would be black
+    reports.plot_samples([(image, "", "happy", 50.0)], tmp_path / "samples.png", title="t")
+    assert (assert_image(tmp_path / "samples.png", least=100) == 100).all(-1).mean() > 0.2
 
 
 def test_drawing_keeps_no_figures_and_needs_no_display(tmp_path, monkeypatch):
@@ -249,37 +211,18 @@ def test_drawing_keeps_no_figures_and_needs_no_display(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("names", [NAMES, ["fröhlich", "日本", "x"]], ids=["plain", "letters"])
-def test_result_files(names, tmp_path):
-    metrics = metrics_of([0, 1, 2, 2], [0, 1, 2, 0], names)
-    files = result_files(metrics)
-    assert set(files) == {"confusion_matrix.png", "reliability.png", "classification_report.txt", "metrics.json"}
-    for name, write in files.items():
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of letters that the font lacks
-            write(tmp_path / name)
-    assert_picture(tmp_path / "confusion_matrix.png")
-    assert_picture(tmp_path / "reliability.png")
+def test_all_files_of_a_report(names, tmp_path):
+    metrics, history = metrics_of([0, 1, 2, 2], [0, 1, 2, 0], names), history_of(2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of letters that the font lacks
+        assert reports.write_report(metrics, tmp_path) == list(reports.METRICS_FILES)
+        assert {path.name for path in tmp_path.iterdir()} == set(reports.METRICS_FILES)
+        written = reports.write_report(metrics, tmp_path, history, title="t")
+    assert {path.name for path in tmp_path.iterdir()} == {*written} == {*reports.METRICS_FILES, *reports.HISTORY_FILES}
+    for path in tmp_path.glob("*.png"):
+        assert_image(path)
     assert json.loads((tmp_path / "metrics.json").read_text(encoding="utf-8")) == metrics
-    text = (tmp_path / "classification_report.txt").read_text(encoding="utf-8")
-    assert "75.00%" in text and names[0] in text
-
-
-def test_accuracy_without_copies():
-    labels, preds = [0, 0, 1, 1, 2], [0, 1, 1, 1, 0]
-    options = {"split": "test", "copies": np.array([True, False, False, True, False])}
-    metrics = compute_metrics(np.array(labels), log_probs_of(preds, 3), ["a", "b", "c"], **options)
-    assert metrics["accuracy"] == 0.6
-    assert metrics["without_copies"]["count"] == 3 and metrics["without_copies"]["accuracy"] == pytest.approx(1 / 3)
-    assert "Without the 2 pictures that stand in train/ too: 33.33% of 3" in format_report(metrics)
-    options["copies"] = np.zeros(5, bool)
-    metrics = compute_metrics(np.array(labels), log_probs_of(preds, 3), ["a", "b", "c"], **options)
-    assert "without_copies" not in metrics and "stand in train" not in format_report(metrics)
-
-
-def test_confusion_matrix_of_many_classes_has_a_limited_size(tmp_path):
-    names = [f"class {number}" for number in range(200)]
-    labels = np.arange(200)
-    metrics = compute_metrics(labels, log_probs_of(labels, 200), names, split="test")
-    reports.plot_confusion_matrix(metrics, tmp_path / "matrix.png")
-    with Image.open(tmp_path / "matrix.png") as image:
-        assert max(image.size) < 5000
+    assert (tmp_path / "classification_report.txt").read_text(encoding="utf-8") == format_report(metrics)
+    with (tmp_path / "training_history.csv").open(encoding="utf-8", newline="") as file:
+        rows = [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
+    assert rows == history
