@@ -1,6 +1,7 @@
 """What several test files share. Tests draw their own pictures, and none touches the user's cache."""
 
 import contextlib
+import io
 import os
 import random
 import signal
@@ -28,6 +29,24 @@ def own_cache(tmp_path_factory, monkeypatch):
     return folder / "emotion_cnn"
 
 
+COUNTS = {"angry": 16, "happy": 14, "sad": 10}
+SMALL = ["--arch", "cnn4_bn", "--batch-size", "16"]
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory):
+    """A folder for reading: train/, test/, the cache of their images, and out/, what one epoch of training wrote."""
+    import train_emotion_cnn
+
+    folder = tmp_path_factory.mktemp("trained")
+    draw_folder(folder / "train", COUNTS)
+    draw_folder(folder / "test", dict.fromkeys(COUNTS, 5))
+    places = ["--data-dir", folder, "--cache-dir", folder / "cache", "--output-dir", folder / "out"]
+    code, _, err = run(train_emotion_cnn.main, *places, *SMALL, "--epochs", 1)
+    assert code == 0, err
+    return folder
+
+
 def free_port():
     """A port that nothing listens on, and that the system gives to nobody who asks for any: those lie higher."""
     while True:
@@ -44,6 +63,16 @@ def draw_picture(seed, size=48, mode="L"):
     return image.convert(mode).resize((size, size), Image.Resampling.NEAREST)
 
 
+def refusal(function, *args, **options):
+    """The message of the InputError that a call raises, which is one line."""
+    from errors import InputError
+
+    with pytest.raises(InputError) as caught:
+        function(*args, **options)
+    assert str(caught.value).isprintable()
+    return str(caught.value)
+
+
 def open_portrait():
     """The photo of a real face that comes along, 512 x 512 pixels."""
     return Image.open(PORTRAIT).convert("RGB")
@@ -54,10 +83,50 @@ def open_faceless():
     return open_portrait().crop((0, 200, 512, 512))
 
 
-def interrupt(main, args, function, call=1):
-    """Runs a script's main; Ctrl-C is pressed where it enters `function` for the `call`th time."""
+def run(main, *args):
+    """Runs a script's main as the script does; returns (exit code, standard output, standard error)."""
     from console import run_script  # not above, where torch would come before OMP_NUM_THREADS
 
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), pytest.raises(SystemExit) as stop:
+        run_script(lambda: main([str(arg) for arg in args]))
+    return stop.value.code or 0, out.getvalue(), err.getvalue()
+
+
+def start(main, *args, ulimit="", **options):
+    """The script of `main` in a process that Ctrl-C reaches, whatever started these tests; `ulimit` is the shell's."""
+    command = [sys.executable, "-u", sys.modules[main.__module__].__file__, *map(str, args)]
+    if ulimit:
+        command = ["bash", "-c", f'ulimit {ulimit}; exec "$@"', "bash", *command]
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        env = {**os.environ, "PYTHONIOENCODING": "utf-8"}
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        return subprocess.Popen(command, env=env, encoding="utf-8", **pipes, **options)
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def run_process(main, *args, **options):
+    """As `run`, in a process of its own."""
+    process = start(main, *args, **options)
+    out, err = process.communicate(timeout=300)
+    return process.returncode, out, err
+
+
+def assert_refused(main, args, *words, run=run):
+    """Asserts that a script ends with exit code 2 and one line on standard error, which holds all of `words`."""
+    code, _, err = run(main, *args)
+    assert code == 2, err
+    assert err.startswith("error: ") and err.endswith("\n") and err[:-1].isprintable(), err
+    assert [word for word in map(str, words) if word not in err] == [], err
+
+
+def interrupt(main, args, function, call=1):
+    """Runs a script's main; Ctrl-C is pressed where it enters `function` for the `call`th time.
+
+    Returns its standard error.
+    """
     calls = 0
 
     def press(frame, event, _):
@@ -70,12 +139,12 @@ def interrupt(main, args, function, call=1):
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.setprofile(press)
     try:
-        with pytest.raises(SystemExit) as stop:
-            run_script(lambda: main([str(arg) for arg in args]))
+        code, _, err = run(main, *args)
     finally:
         sys.setprofile(None)
         signal.signal(signal.SIGINT, before)
-    assert stop.value.code == 130
+    assert code == 130, err
+    return err
 
 
 def draw_folder(root, counts, size=48, mode="L", ending=".png"):

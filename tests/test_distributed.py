@@ -1,4 +1,4 @@
-"""Many processes: the same network as from one, every picture once, exact counts, and what is left when one dies.
+"""Several processes: the same model as from one, every image once, exact counts, and what is left when one dies.
 
 The processes are torchrun's, on the CPU, with gloo between them.
 """
@@ -14,57 +14,43 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import draw_folder, free_port
+from conftest import draw_folder, free_port, run
 from PIL import Image
 
 import train_emotion_cnn
 from checkpoints import BEST_NAME, FINAL_NAME, read_checkpoint
-from engine.distributed import Group
 from predict_emotion import load_model
 from preprocessing import read_image
-from splits import Batches
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
 
 REPO = Path(__file__).resolve().parent.parent
-PLAIN = [
-    "--arch",
-    "plain_cnn4",
-    "--augment",
-    "none",
-    "--precision",
-    "fp32",
-    "--optimizer",
-    "sgd",
-    "--lr",
-    "0.003",
-    "--weight-decay",
-    "0",
-    "--schedule",
-    "none",
-    "--batch-size",
-    "33",
+PLAIN = [  # nothing in it is random, and no image depends on another
+    *("--arch", "tiny", "--augment", "none", "--precision", "fp32", "--optimizer", "sgd", "--lr", "0.02"),
+    *("--weight-decay", "0", "--schedule", "none", "--batch-size", "33"),
 ]
 SUMS = [*PLAIN, "--epochs", "2", "--class-weights", "balanced", "--clip-grad", "0.05", "--grad-accum", "2"]
-SCRIPT = '''
+DRAWINGS = ["--data-dir", str(REPO), "--arch", "cnn4_bn", "--epochs", "5"]
+BN = ["--arch", "cnn4_bn", "--augment", "light", "--ema", "0.9", "--batch-size", "16"]
+SCRIPT = """
 import sys
 sys.path.insert(0, {repo!r})
+from torch import nn
 import models
 import train_emotion_cnn
 from console import run_script
 
-@models.register("plain_cnn4", models.get_arch("cnn4").recipe)
-def plain_cnn4(num_classes, image_size, dropout):
-    """cnn4 without any dropout, so that nothing in it is random."""
-    model = models.get_arch("cnn4").build(num_classes, image_size, 0.0)
-    for module in model.modules():
-        if isinstance(module, models.Dropout):
-            module.p = 0.0
+@models.register("tiny", models.get_arch("cnn4").recipe)
+def tiny(num_classes, image_size):
+    model = nn.Sequential()
+    parts = nn.Conv2d(1, 8, 5), nn.ReLU(), nn.MaxPool2d(4), nn.Conv2d(8, 16, 3), nn.ReLU(), nn.MaxPool2d(3)
+    model.features = nn.Sequential(*parts)
+    model.classifier = nn.Sequential(nn.Flatten(), nn.Linear(144, num_classes))
     return model
 
 if __name__ == "__main__":
     run_script(train_emotion_cnn.main)
-'''
+"""
 SEVERAL = """
 import json, os, sys
 from train import run_script, train_emotion_cnn
@@ -80,11 +66,11 @@ run_script(main)  # which ends the process as that of a training ends, before gl
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    """data/ with 160 + 19 + 15 pictures, and scripts. Four epochs of batches of 33, shared as 16 and 17, are 20 steps.
+    """data/ with 160 + 19 + 15 images, and scripts. Four epochs of batches of 33, shared as 16 and 17, are 20 steps.
 
-    The pictures are smooth: in flat ones max-pooling has ties, which rounding decides.
+    The images are smooth: in flat ones max-pooling has ties, which rounding decides.
     """
-    root = tmp_path_factory.mktemp("many")
+    root = tmp_path_factory.mktemp("several")
     for split, count in (("train", 54), ("val", 7), ("test", 5)):
         draw_folder(root / "data" / split, {"angry": count, "happy": count - (count > 5), "sad": count - (count > 5)})
     for path in (root / "data").rglob("*.png"):
@@ -105,90 +91,73 @@ def launch(*words, launcher=("-m", "torch.distributed.run", "--standalone", "--n
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def start(root, out, *args, **options):
-    return launch(root / "train.py", *flags(root, out, *args), **options)
-
-
 def finish(process):
     out, err = process.communicate(timeout=300)
     assert process.returncode == 0, out + err
     return out
 
 
-def largest_gap(one, other):
-    pairs = zip(one["state_dict"].values(), other["state_dict"].values(), strict=True)
-    return max((a.double() - b.double()).abs().max().item() for a, b in pairs)
-
-
 @pytest.fixture(scope="module")
 def together(root):
-    """What is printed by four runs, one after the other over the same two processes: starting takes longer than they.
+    """What is printed by five runs, one after the other over the same two processes: starting takes longer than they.
 
     "bn" has batch-norm, whose statistics differ by process, dropout, EMA and augmentation.
     """
-    many = [
+    several = [
         ["two", *PLAIN, "--epochs", "4"],
         ["sums2", *SUMS],
         ["half", *PLAIN, "--epochs", "2"],
-        ["bn", "--arch", "cnn4_bn", "--augment", "light", "--ema", "0.9", "--batch-size", "16", "--epochs", "3"],
+        ["bn", *BN, "--epochs", "3"],
+        ["drawings", *DRAWINGS],
     ]
-    return finish(launch(root / "several.py", json.dumps([(free_port(), flags(root, *words)) for words in many])))
+    return finish(launch(root / "several.py", json.dumps([(free_port(), flags(root, *words)) for words in several])))
 
 
 @pytest.fixture(scope="module")
 def alone(root, together):
-    """The final checkpoint of four epochs, 20 steps, in one process, which also sums and goes on with "half"."""
-    many = [["alone", *PLAIN, "--epochs", "4"], ["sums1", *SUMS], ["half", "--resume", "--epochs", "4"]]
-    finish(launch(root / "several.py", json.dumps([(0, flags(root, *words)) for words in many]), launcher=()))
-    return read_checkpoint(root / "alone" / FINAL_NAME)
+    """Runs four epochs, 20 steps, in one process, which also sums and goes on with "half"."""
+    several = [["alone", *PLAIN, "--epochs", "4"], ["sums1", *SUMS], ["half", "--resume", "--epochs", "4"]]
+    finish(launch(root / "several.py", json.dumps([(0, flags(root, *words)) for words in several]), launcher=()))
 
 
-def assert_same_run(found, alone):
-    assert largest_gap(found, alone) < 1e-5
-    for name in ("train_loss", "train_acc", "val_loss", "val_acc"):
-        rows = [[row[name] for row in checkpoint["history"]] for checkpoint in (found, alone)]
+def assert_same_run(found, expected):
+    """Two folders hold the same weights, history and report, except for rounding."""
+    for name in (BEST_NAME, FINAL_NAME):
+        one, other = (read_checkpoint(folder / name) for folder in (found, expected))
+        torch.testing.assert_close(one["state_dict"], other["state_dict"], atol=1e-5, rtol=0)
+    for key in ("train_loss", "train_acc", "val_loss", "val_acc"):
+        rows = [[row[key] for row in checkpoint["history"]] for checkpoint in (one, other)]
         assert rows[0] == pytest.approx(rows[1], abs=1e-5)
+    one, other = (json.loads((folder / "metrics.json").read_text()) for folder in (found, expected))
+    for key in ("split", "count", "epoch", "temperature", "confusion_matrix"):
+        assert one[key] == other[key]
+    assert one["loss"] == pytest.approx(other["loss"], abs=1e-5)
 
 
-def test_two_processes_train_the_same_network(root, together, alone):
-    assert "2 processes" in together and together.count("epoch 4/4") == 1  # one of them prints
-    assert "Split: test, 15 pictures" in together
-    assert_same_run(read_checkpoint(root / "two" / FINAL_NAME), alone)
-    assert json.loads((root / "two" / "metrics.json").read_text())["count"] == 15
+@pytest.mark.parametrize(("found", "expected"), [("two", "alone"), ("sums2", "sums1"), ("half", "alone")])
+def test_two_processes_train_the_same_model(found, expected, root, alone):
+    """Class weights and gradients, clipped and added up over passes, count the whole batch; one process goes on."""
+    assert_same_run(root / found, root / expected)
 
 
-def test_sums_of_parts(root, alone):
-    """Class weights, gradients clipped and added up over passes: all of it counts the whole batch."""
-    assert_same_run(*(read_checkpoint(root / name / FINAL_NAME) for name in ("sums2", "sums1")))
+def test_one_process_prints(together):
+    assert "2 processes" in together and together.count("epoch 4/4") == 1 and "Split: test, 15 " in together
 
 
-def test_two_machines_train_the_same_network(root, alone):
+def test_two_machines_train_the_same_model(root, alone):
     where = ("--nnodes", "2", "--nproc-per-node", "1", "--master-addr", "127.0.0.1", "--master-port", str(free_port()))
-    nodes = [
-        start(
-            root,
-            "nodes",
-            *PLAIN,
-            "--epochs",
-            "4",
-            launcher=("-m", "torch.distributed.run", *where, "--node-rank", rank),
-        )
-        for rank in "01"
-    ]
-    for node in nodes:
+    words = [root / "train.py", *flags(root, "nodes", *PLAIN, "--epochs", "4")]
+    launchers = [("-m", "torch.distributed.run", *where, "--node-rank", rank) for rank in "01"]
+    for node in [launch(*words, launcher=launcher) for launcher in launchers]:
         finish(node)
-    assert_same_run(read_checkpoint(root / "nodes" / FINAL_NAME), alone)
+    assert_same_run(root / "nodes", root / "alone")
 
 
-def test_resume_with_another_number_of_processes(root, alone):
-    assert_same_run(read_checkpoint(root / "half" / FINAL_NAME), alone)
-
-
-def test_validation_is_that_of_the_saved_network(root, together):
+def test_validation_is_that_of_the_saved_model(root, together):
     best = read_checkpoint(root / "bn" / BEST_NAME)
     model, names = load_model(root / "bn" / BEST_NAME, "cpu")
     paths = sorted((root / "data" / "val").glob("*/*.png"))
-    images = torch.from_numpy(np.stack([read_image(path, model.input_spec) for path in paths]))
+    images = torch.from_numpy(np.stack([read_image(path, model.info.input_spec) for path in paths]))
     with torch.inference_mode():
         logits = model((images.float() / 255 - 0.5) / 0.5)
     labels = torch.tensor([names.index(path.parent.name) for path in paths])
@@ -197,70 +166,44 @@ def test_validation_is_that_of_the_saved_network(root, together):
     assert best["metrics"]["val_acc"] == pytest.approx((logits.argmax(1) == labels).float().mean().item())
 
 
-def test_default_recipe_is_as_accurate(tmp_path):
-    """cnn4_bn on the drawings that come along: other random numbers, but no worse by more than the noise of a seed."""
-    words = ["--data-dir", REPO, "--cache-dir", tmp_path / "cache", "--arch", "cnn4_bn", "--epochs", "8"]
-    train_emotion_cnn.main([*map(str, words), "--output-dir", str(tmp_path / "one")])
-    finish(launch(REPO / "train_emotion_cnn.py", *words, "--output-dir", tmp_path / "two"))
-    accuracies = [json.loads((tmp_path / name / "metrics.json").read_text())["accuracy"] for name in ("one", "two")]
-    assert min(accuracies) > 0.6 and abs(accuracies[0] - accuracies[1]) < 0.12, accuracies
+def test_batch_norm_learns_as_in_one_process(root, together):
+    """On the drawings that come with the project: other random numbers, but no worse by more than a seed's noise."""
+    assert run(train_emotion_cnn.main, *flags(root, "drawings alone", *DRAWINGS))[0] == 0
+    folders = [root / "drawings", root / "drawings alone"]
+    accuracies = [json.loads((folder / "metrics.json").read_text())["accuracy"] for folder in folders]
+    assert min(accuracies) > 0.55 and abs(accuracies[0] - accuracies[1]) < 0.12, accuracies
 
 
 @pytest.mark.skipif(os.name != "posix", reason="sends a POSIX signal")
 @pytest.mark.parametrize("victim", [0, 1])
-def test_a_worker_that_dies(root, victim):
-    process = start(root, f"killed{victim}", *PLAIN, "--epochs", "500")
+def test_a_process_that_dies_ends_all_and_leaves_what_can_be_resumed(root, victim):
+    words = flags(root, f"killed{victim}", *BN)
+    process = launch(REPO / "train_emotion_cnn.py", *words, "--epochs", "500")
     try:
-        for line in process.stdout:
-            if line.startswith("epoch 2/"):
-                break
-        children = subprocess.run(["pgrep", "-P", str(process.pid), "-f", "train.py"], capture_output=True, text=True)
+        assert any(line.startswith("epoch 2/") for line in process.stdout)
+        children = subprocess.run(["pgrep", "-P", str(process.pid), "-f", "train_emotion"], capture_output=True)
         workers = sorted(map(int, children.stdout.split()))
         os.kill(workers[victim], signal.SIGKILL)
         _, err = process.communicate(timeout=300)
     finally:
         process.terminate()  # which ends the workers too
-    assert process.returncode != 0
-    assert len(re.findall("another process of this run has ended; go on with: .*--resume", err)) == 1, err
-    for name in (BEST_NAME, FINAL_NAME):
-        assert read_checkpoint(root / f"killed{victim}" / name)["epoch"] >= (2 if name == FINAL_NAME else 1)
+    assert process.returncode != 0 and "SIGKILL" in err, err
+    assert not any(os.path.exists(f"/proc/{worker}") for worker in workers)
+    done = read_checkpoint(root / f"killed{victim}" / FINAL_NAME)["epoch"]
+    code, out, err = run(train_emotion_cnn.main, *words, "--resume", "--epochs", done + 1)
+    assert code == 0 and f"resumed after epoch {done}" in out, err
 
 
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["--data-dir", "nowhere"], "error: no folder nowhere"),
+        (["--data-dir", "nowhere"], "error: no folder nowhere"),  # the first process fails, while the other waits
         (["--batch-size", "2"], "error: --batch-size 2 .* too few for 2 processes"),
-        (["--epochs", "x"], "error: .*--epochs"),
-        (["--lr", "1e30", "--epochs", "2"], "error: epoch 1: the loss became nan|error: epoch 1: the loss became inf"),
+        (["--lr", "1e30", "--epochs", "2"], "error: epoch 1/2: the loss became (nan|inf)"),
     ],
 )
-def test_one_line_for_all_processes(root, args, message):
-    process = start(root, "one_line", *PLAIN, *args)
-    _, err = process.communicate(timeout=300)
-    assert process.returncode != 0
-    assert len(re.findall("^" + message, err, re.MULTILINE)) == 1 == err.count("error: "), err
-    assert not any(words in err for words in ("Terminated", "another process", "train_emotion_cnn.py")), err
-
-
-# What needs no second process
-
-
-@pytest.mark.parametrize("size", [1, 2, 3, 5])
-def test_every_picture_is_seen_once_in_equally_many_steps(size):
-    images = np.arange(53, dtype=np.uint8).reshape(-1, 1, 1, 1)
-
-    class Pictures:
-        labels = np.arange(53) % 3
-
-    Pictures.images = images
-    batches = Batches(Pictures, np.arange(53), torch.device("cpu"))
-    order = torch.randperm(53, generator=torch.Generator().manual_seed(0))
-    counts = [stop - start for start, stop in batches.bounds(16, Group(size=size))]
-    shares = [list(batches.iterate(16, order, Group(rank, size))) for rank in range(size)]
-    assert sum(counts) == 53 and {len(share) for share in shares} == {len(counts)}
-    for count, parts in zip(counts, zip(*shares, strict=True), strict=True):
-        sizes = [len(labels) for _, labels in parts]
-        assert sum(sizes) == count and min(sizes) >= 2 and max(sizes) - min(sizes) <= 1
-    seen = torch.cat([images.flatten() for share in shares for images, _ in share])
-    assert sorted(seen.tolist()) == list(range(53))
+def test_a_mistake_ends_all(root, args, message):
+    process = launch(root / "train.py", *flags(root, "mistake", *PLAIN, *args))
+    out, err = process.communicate(timeout=300)
+    assert process.returncode != 0 and re.search("^" + message, err, re.MULTILINE), err
+    assert not (root / "mistake" / FINAL_NAME).exists() and "epoch 1/2 " not in out

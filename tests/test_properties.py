@@ -10,11 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from data import list_pictures
+from data import list_images
 from engine.augment import Strengths, augment
 from errors import printable
 from models import InputSpec
-from preprocessing import normalize, read_image, to_input
+from preprocessing import normalize, read_image, to_input, to_uint8
 
 NUMBERS = st.floats(-10, 10, allow_nan=False)
 POSITIVE = st.floats(0.01, 10)
@@ -41,33 +41,32 @@ def test_spec_survives_a_file(spec):
     assert InputSpec.from_dict(json.loads(json.dumps(spec.to_dict()))) == spec
 
 
-@fast
-@given(specs(), st.integers(1, 4), st.integers(0, 2**31))
-def test_augmentation_of_no_strength_is_preprocessing(spec, count, seed):
+def random_images(spec, seed):
+    """uint8 (2, C, S, S), and the generator that drew them."""
     generator = torch.Generator().manual_seed(seed)
-    shape = (count, spec.stored_channels, spec.image_size, spec.image_size)
-    images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
-    assert torch.equal(augment(images, spec, Strengths(), generator), to_input(images, spec))
+    shape = (2, spec.stored_channels, spec.image_size, spec.image_size)
+    return torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator), generator
 
 
 @fast
 @given(specs(), st.integers(0, 2**31))
-def test_two_mirrors_are_none(spec, seed):
-    generator = torch.Generator().manual_seed(seed)
-    images = torch.randint(
-        0, 256, (2, spec.stored_channels, spec.image_size, spec.image_size), dtype=torch.uint8, generator=generator
-    )
+def test_augmentation_of_no_strength_is_preprocessing_and_two_mirrors_are_none(spec, seed):
+    images, generator = random_images(spec, seed)
+    inputs = to_input(images, spec)
+    assert torch.equal(augment(images, spec, Strengths(), generator), inputs)
     once = augment(images, spec, Strengths(flip=1.0), generator)
     largest = 1e-3 * (1 + max(map(abs, spec.mean))) / min(spec.std)
-    assert torch.allclose(once.flip(-1), to_input(images, spec), atol=largest)
+    assert torch.allclose(once.flip(-1), inputs, atol=largest)
 
 
 @fast
-@given(specs(), st.floats(0, 1))
-def test_normalise_is_undone_by_its_inverse(spec, value):
-    images = torch.full((1, spec.stored_channels, 4, 4), value)
-    mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in (spec.mean, spec.std))
-    assert torch.allclose(normalize(images, spec) * std + mean, images.expand(-1, spec.channels, -1, -1), atol=1e-4)
+@given(specs(), st.integers(0, 2**31))
+def test_normalize_is_undone_by_its_inverse(spec, seed):
+    images, _ = random_images(spec, seed)
+    values = images / 255
+    mean, std = (torch.tensor(numbers).view(1, -1, 1, 1) for numbers in (spec.mean, spec.std))
+    assert torch.allclose(normalize(values, spec) * std + mean, values.expand(-1, spec.channels, -1, -1), atol=1e-4)
+    assert torch.equal(to_uint8(to_input(images, spec), spec), images)
 
 
 @fast
@@ -78,17 +77,17 @@ def test_classes_are_matched_by_name_in_any_order(names, rng):
             Path(folder, name).mkdir()
             Image.new("L", (8, 8)).save(Path(folder, name, "a.png"))
         order = rng.sample(names, len(names))
-        found = {Path(picture.path).parent.name: order[picture.label] for picture in list_pictures(folder, order)}
+        found = {Path(image.path).parent.name: order[image.label] for image in list_images(folder, order)}
         assert found == {name: name for name in names}
 
 
 @fast
 @given(st.integers(1, 80), st.integers(1, 80), st.sampled_from(["L", "RGB", "RGBA", "LA", "P", "CMYK", "1"]), specs())
-def test_any_picture_becomes_what_the_network_stores(width, height, mode, spec):
+def test_any_image_becomes_what_the_spec_stores(width, height, mode, spec):
     pixels = np.random.default_rng(width).integers(0, 256, (height, width, 4), dtype=np.uint8)
     image = Image.fromarray(pixels, "RGBA")
-    picture = read_image((image.convert("RGB") if mode == "CMYK" else image).convert(mode), spec)
-    assert picture.shape == (spec.stored_channels, spec.image_size, spec.image_size) and picture.dtype == np.uint8
+    read = read_image((image.convert("RGB") if mode == "CMYK" else image).convert(mode), spec)
+    assert read.shape == (spec.stored_channels, spec.image_size, spec.image_size) and read.dtype == np.uint8
 
 
 @fast

@@ -14,7 +14,7 @@ REPO = Path(__file__).resolve().parent.parent
 
 @pytest.mark.skipif(os.name != "posix", reason="sends a POSIX signal")
 def test_killed_runs_go_on_as_if_they_had_not_been(tmp_path, monkeypatch):
-    monkeypatch.setattr(kill, "EPOCHS", 15)
+    monkeypatch.setattr(kill, "EPOCHS", 10)
     writing, _ = kill.soak(2, tmp_path, lives=2)
     assert writing >= 1
 

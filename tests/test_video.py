@@ -1,25 +1,17 @@
 """Videos as input: rows with time stamps, an annotated copy, a timeline; clips are built from a portrait."""
 
-import csv
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import interrupt, open_portrait
+from conftest import assert_refused, interrupt, open_portrait
 from PIL import Image
-from test_predict import write_checkpoint
+from test_faces import run_without_opencv
+from test_predict import MAIN, rows_of, run_main, write_checkpoint
 
-import predict_emotion
-from console import run_script
 from errors import InputError
 from faces.video import Video, VideoCopy, is_video
 
-REPO = Path(__file__).resolve().parent.parent
-NAMES = ["angry", "happy", "sad"]
 cv2 = pytest.importorskip("cv2", reason="needs OpenCV")
 FRAMES, FPS, SIZE = 24, 12, (320, 240)
 
@@ -40,23 +32,12 @@ def write_clip(path, frames=FRAMES, empty=()):
 
 @pytest.fixture(scope="module")
 def model_path(tmp_path_factory):
-    return write_checkpoint(tmp_path_factory.mktemp("model") / "model.pth", names=NAMES)
+    return write_checkpoint(tmp_path_factory.mktemp("model") / "model.pth")
 
 
 @pytest.fixture
-def run(capsys, model_path):
-    def run_main(*args):
-        with pytest.raises(SystemExit) as stop:
-            run_script(lambda: predict_emotion.main([*map(str, args), "--checkpoint", str(model_path)]))
-        out, err = capsys.readouterr()
-        return stop.value.code or 0, out, err
-
-    return run_main
-
-
-def rows_of(path):
-    with open(path, encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file))
+def run(model_path):
+    return lambda *args: run_main(MAIN, *args, "--checkpoint", model_path)
 
 
 def test_endings():
@@ -100,12 +81,12 @@ def test_annotated_copy_has_the_same_frames_and_duration(run, tmp_path):
         assert len(np.unique(np.asarray(image.convert("RGB")).reshape(-1, 3), axis=0)) > 20
 
 
-def test_pictures_and_videos_together(run, tmp_path):
+def test_images_and_videos_together(run, tmp_path):
     clip = write_clip(tmp_path / "clip.mp4", frames=3)
     open_portrait().save(tmp_path / "photo.png")
     code, out, err = run(clip, tmp_path / "photo.png", "--output", tmp_path / "p.json")
-    assert code == 0 and err.splitlines()[-1] == "1 picture, 1 video, 4 faces"
-    files = [Path(row["file"]).name for row in json.loads((tmp_path / "p.json").read_text())]
+    assert code == 0 and err.splitlines()[-1] == "1 image, 1 video, 4 faces"
+    files = [Path(row["file"]).name for row in rows_of(tmp_path / "p.json")]
     assert files == ["photo.png", *["clip.mp4"] * 3]
 
 
@@ -113,24 +94,18 @@ def test_ctrl_c_in_the_middle_leaves_no_file(model_path, tmp_path):
     clip = write_clip(tmp_path / "clip.mp4")
     (tmp_path / "p.csv").write_text("earlier")
     words = [clip, "--checkpoint", model_path, "--annotate", tmp_path / "out", "--output", tmp_path / "p.csv"]
-    interrupt(predict_emotion.main, words, "draw_faces", call=5)
+    interrupt(MAIN, words, "draw_faces", call=5)
     assert list((tmp_path / "out").iterdir()) == [] and (tmp_path / "p.csv").read_text() == "earlier"
     assert {path.name for path in tmp_path.iterdir()} == {"clip.mp4", "out", "p.csv"}
 
 
 @pytest.mark.parametrize("content", [b"", b"no video", b"\0\0\0\x18ftypmp42" + bytes(500)])
-def test_broken_videos_are_named(run, tmp_path, content):
+def test_broken_videos_are_named(run, model_path, tmp_path, content):
     (tmp_path / "broken.mp4").write_bytes(content)
-    code, out, err = run(tmp_path / "broken.mp4", "--annotate", tmp_path / "out")
-    assert (code, out) == (2, "")
-    assert "error: " in err and "broken.mp4" in err and "Traceback" not in err
+    words = [tmp_path / "broken.mp4", "--annotate", tmp_path / "out", "--checkpoint", model_path]
+    assert_refused(MAIN, words, "broken.mp4")
     code, out, err = run(tmp_path / "broken.mp4", write_clip(tmp_path / "good.mp4", frames=2))
     assert code == 0 and "broken.mp4" in err and "1 could not be read" in err
-
-
-def test_every_must_be_positive(run, tmp_path):
-    code, out, err = run(tmp_path / "clip.mp4", "--every", 0)
-    assert (code, out) == (2, "") and "--every" in err
 
 
 def test_an_unfinished_copy_leaves_nothing(tmp_path):
@@ -142,11 +117,7 @@ def test_an_unfinished_copy_leaves_nothing(tmp_path):
         VideoCopy(tmp_path / "nowhere" / "a.mp4", 10, (32, 32))
 
 
-def test_without_opencv_a_video_says_what_to_install(model_path, tmp_path):
+def test_without_opencv_a_video_names_what_to_install(model_path, tmp_path):
     clip = write_clip(tmp_path / "clip.mp4", frames=2)
-    (tmp_path / "modules").mkdir()
-    (tmp_path / "modules" / "cv2.py").write_text("raise ImportError('No module named cv2')")
-    command = [sys.executable, str(REPO / "predict_emotion.py"), str(clip), "--checkpoint", str(model_path)]
-    env = {**os.environ, "PYTHONPATH": str(tmp_path / "modules"), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 2 and "pip install" in done.stderr and "Traceback" not in done.stderr
+    words = [clip, "--checkpoint", model_path]
+    assert_refused(tmp_path, words, "clip.mp4", "pip install", run=run_without_opencv)

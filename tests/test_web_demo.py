@@ -6,39 +6,46 @@ import signal
 import socket
 import subprocess
 import sys
-from pathlib import Path
+from functools import partial
 
 import pytest
-from conftest import PORTRAIT, draw_picture, free_port
+from conftest import PORTRAIT, assert_refused, draw_picture, free_port
+from test_predict import REPO, run_python
 
-from console import run_script
 from examples import web_demo
 
-REPO = Path(__file__).resolve().parent.parent
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytest.importorskip("cv2", reason="needs OpenCV")
 
 
-def start(*args, **options):
-    command = [sys.executable, "-m", "examples.web_demo", *map(str, args)]
-    return subprocess.Popen(command, cwd=REPO, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
-
-
-@pytest.fixture(scope="module")
-def address(tmp_path_factory):
-    """That of a running page, whose folder for temporary files must be empty again once Ctrl-C has ended it."""
+def start(folder):
+    """A running page, which keeps temporary files in `folder`, and its address."""
     pytest.importorskip("gradio", reason="needs Gradio")
-    folder = tmp_path_factory.mktemp("temporary")
-    server = start("--port", free_port(), env={**os.environ, "TMPDIR": str(folder)})
+    command = [sys.executable, "-m", "examples.web_demo", "--port", str(free_port())]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    server = subprocess.Popen(command, cwd=REPO, env={**os.environ, "TMPDIR": str(folder)}, **pipes)
+    line = server.stdout.readline()
+    assert line.startswith("open http://127.0.0.1:"), server.communicate()
+    return server, line.split()[1]
+
+
+def end(server, folder, number):
+    """Ends the page by a signal; the images that it was given are deleted then."""
     try:
-        line = server.stdout.readline()
-        assert line.startswith("open http://127.0.0.1:"), server.communicate()
-        yield line.split()[1]
-        server.send_signal(signal.SIGINT)
+        assert list(folder.glob("emotion_page_*"))
+        server.send_signal(number)
         server.communicate(timeout=300)
         assert not list(folder.glob("emotion_page_*"))
     finally:
         server.kill()
+
+
+@pytest.fixture(scope="module")
+def address(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("temporary")
+    server, address = start(folder)
+    yield address
+    end(server, folder, signal.SIGINT)
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +68,7 @@ def page(address):
 
 
 def upload(page, path, message):
-    """Uploads the file in the place of the one before, and waits for `message`."""
+    """Uploads the file instead of the one before, and waits for `message`."""
     if page.get_by_label("Remove Image").count() or page.get_by_label("Clear").count():
         page.get_by_label("Clear").or_(page.get_by_label("Remove Image")).first.click()
         page.wait_for_function("!document.querySelector('#message').innerText.trim()")
@@ -69,8 +76,8 @@ def upload(page, path, message):
     page.wait_for_function("text => document.querySelector('#message').innerText.includes(text)", arg=message)
 
 
-def test_says_which_network_runs(page):
-    text = page.get_by_label("Network").input_value()
+def test_prints_which_model_runs(page):
+    text = page.get_by_label("Model", exact=True).input_value()
     assert "seresnet13" in text and "emotion_model.pth" in text and "not sent anywhere" in page.inner_text("body")
 
 
@@ -87,28 +94,21 @@ def test_uploaded_photo_gets_box_and_label_bar(page):
     assert min(drawn) >= 512
 
 
-def test_picture_without_a_face(page, tmp_path):
+def test_image_without_a_face_and_broken_file(page, tmp_path):
     draw_picture(1, 300, "RGB").save(tmp_path / "noise.png")
-    upload(page, tmp_path / "noise.png", "No face found")
-    page.wait_for_selector("text=Face 1", state="detached")
+    (tmp_path / "broken.jpg").write_text("this is no image")
+    for name, message in (("noise.png", "No face found"), ("broken.jpg", "can't be read")):
+        upload(page, tmp_path / name, message)
+        page.wait_for_selector("text=Face 1", state="detached")
+        upload(page, PORTRAIT, "1 face found")  # and the page goes on
 
 
-def test_small_picture_is_taken_whole(page):
+def test_small_images_are_taken_whole(page):
     upload(page, next((REPO / "test" / "happy").iterdir()), "taken for one face")
     page.wait_for_selector("text=Face 1")
-
-
-def test_broken_file(page, tmp_path):
-    (tmp_path / "broken.jpg").write_text("this is no picture")
-    upload(page, tmp_path / "broken.jpg", "can't be read")
-    page.wait_for_selector("text=Face 1", state="detached")
-    upload(page, PORTRAIT, "1 face found")  # and the page goes on
-
-
-def test_example_picture(page):
-    page.locator(".gallery-item").nth(1).click()  # a drawing; the page shows the portrait already
+    upload(page, PORTRAIT, "1 face found")
+    page.locator(".gallery-item").nth(1).click()  # an example, a drawing
     page.wait_for_function("document.querySelector('#message').innerText.includes('taken for one face')")
-    page.wait_for_selector("text=Face 1")
 
 
 def test_page_asks_nobody_else(page, address):
@@ -117,30 +117,21 @@ def test_page_asks_nobody_else(page, address):
 
 
 @pytest.mark.skipif(os.name != "posix", reason="sends a POSIX signal")
-def test_pictures_are_deleted_however_it_ends(tmp_path):
-    pytest.importorskip("gradio", reason="needs Gradio")
-    server = start("--port", free_port(), env={**os.environ, "TMPDIR": str(tmp_path)})
-    assert server.stdout.readline().startswith("open ") and list(tmp_path.glob("emotion_page_*"))
-    server.terminate()
-    server.communicate(timeout=300)
-    assert not list(tmp_path.glob("emotion_page_*"))
+def test_images_are_deleted_however_it_ends(tmp_path):
+    server, _ = start(tmp_path)
+    end(server, tmp_path, signal.SIGTERM)
 
 
 @pytest.mark.parametrize("port", ["0", "70000", "taken"])
-def test_unusable_port(port, capsys):
+def test_unusable_port(port):
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         server.listen()
         port = str(server.getsockname()[1]) if port == "taken" else port
-        with pytest.raises(SystemExit) as stop:
-            run_script(lambda: web_demo.main(["--port", port]))
-    err = capsys.readouterr().err
-    assert stop.value.code == 2 and err.count("\n") == 1 and port in err
+        assert_refused(web_demo.main, ["--port", port], port)
 
 
 def test_without_gradio(tmp_path):
     (tmp_path / "gradio.py").write_text("raise ImportError('not here')")
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
-    process = start("--port", free_port(), env=environment)
-    _, err = process.communicate(timeout=300)
-    assert process.returncode == 2 and err.count("\n") == 1 and "pip install" in err
+    run = partial(run_python, PYTHONPATH=str(tmp_path))
+    assert_refused("-m", ["examples.web_demo", "--port", free_port()], "pip install", run=run)

@@ -1,8 +1,8 @@
-"""Predicts many pictures in one process, and looks at its memory.
+"""Predicts many images in one process, and looks at its memory.
 
     python -m tests.soak.memory --predictions 10000
 
-Arrays, one at a time and in batches, and a file that can't be read, with the smallest network. What the process holds
+Arrays, one at a time and in batches, and a file that can't be read, with the smallest model. What the process holds
 after all of them may be no more than 20 MB above what it held after the first fifth.
 """
 
@@ -17,7 +17,7 @@ from errors import InputError
 from inference import predict_image, predict_images
 from models import create_model
 
-STATM = Path("/proc/self/statm")  # Linux alone tells what a process holds now; elsewhere only its peak is known
+STATM = Path("/proc/self/statm")  # Linux only
 LIMIT = 20e6
 
 
@@ -27,19 +27,19 @@ def held() -> int:
 
 
 def predict_some(model: torch.nn.Module, count: int, rng: np.random.Generator) -> None:
-    """`count` predictions: of every 64 half in one batch and half alone, and one picture more that can't be read."""
-    names = [str(number) for number in range(model.num_classes)]
+    """`count` predictions: of every 64 half in one batch and half alone, and one image more that can't be read."""
+    names = [str(number) for number in range(model.info.num_classes)]
     for start in range(0, count, 64):
-        pictures = list(rng.integers(0, 256, (min(64, count - start), 96, 96, 3), dtype=np.uint8))
-        half = len(pictures) // 2
-        predict_images(model, pictures[:half], names)
-        for picture in pictures[half:]:
-            predict_image(model, picture, names)
+        images = list(rng.integers(0, 256, (min(64, count - start), 96, 96, 3), dtype=np.uint8))
+        half = len(images) // 2
+        predict_images(model, images[:half], names)
+        for image in images[half:]:
+            predict_image(model, image, names)
         try:
             predict_image(model, __file__, names)
         except InputError:
             continue
-        raise AssertionError("a text was read as a picture")
+        raise AssertionError("a text was read as an image")
 
 
 def soak(predictions: int) -> int:
