@@ -4,11 +4,12 @@ dependencies = ["torch", "torchvision", "numpy", "PIL", "tqdm"]
 
 
 def emotion_model(checkpoint: str | None = None, device: str = "auto"):
-    """The network of a checkpoint (by default the one that comes along), ready for predict_emotion.predict_image.
+    """The model of a checkpoint (by default the bundled one), ready for predict_emotion.predict_image.
 
-    It carries `class_names`, `input_spec` and `temperature`, eats normalised float32 (N, C, H, W), returns logits.
+    It takes normalized float32 images (N, C, H, W) and returns logits; its `info` has the class_names, input_spec and
+    temperature.
     """
-    from predict_emotion import BUNDLED, load_model
+    from inference import BUNDLED, load_model
 
     model, _ = load_model(BUNDLED if checkpoint is None else checkpoint, device)
     return model

@@ -1,4 +1,4 @@
-"""A trained network at work: from a checkpoint to the emotions in pictures. predict_emotion.py hands this on to users.
+"""A trained model at work: from a checkpoint to the emotions in images. predict_emotion.py hands this on to users.
 
 model, class_names = load_model("best_emotion_model.pth")
 predicted_class, confidence, all_probs = predict_image(model, "photo.jpg", class_names)
@@ -29,9 +29,9 @@ Prediction = tuple[str, float, dict[str, float]]
 
 
 def find_checkpoint(path: str | Path | None = None) -> Path:
-    """`path`, or where it is None the user's best checkpoint in the current folder, or the network that comes along.
+    """`path`, or if it is None the best checkpoint in the current folder, else the bundled model.
 
-    Says on standard error which one was found; raises InputError where there is none.
+    Prints on standard error which one was found; raises InputError if there is none.
     """
     if path is not None:
         return Path(path)
@@ -50,12 +50,12 @@ def load_model(
     arch: str | None = None,
     class_names: list[str] | None = None,
 ) -> tuple[nn.Module, list[str]]:
-    """The network of a checkpoint or an exported file, in evaluation mode on `device`, and its class names.
+    """The model of a checkpoint or an exported file, in evaluation mode on `device`, and its class names.
 
-    Without `path`: best_emotion_model.pth in the current folder, else weights/emotion_model.pth. The network carries
-    `arch`, `input_spec`, `class_names`, `temperature` and `trained_on`. TorchScript and torch.export files can carry
-    code, and are loaded with `trust` only. Of another tool's weights for one of our networks, `arch` and `class_names`
-    say what they are; pictures are prepared as for ours. Raises InputError (a ValueError).
+    Without `path`: best_emotion_model.pth in the current folder, else weights/emotion_model.pth. What the model is
+    stands in `model.info`, a ModelInfo. TorchScript and torch.export files can carry code, and are loaded with `trust`
+    only. For another tool's weights of one of our networks, pass their `arch`, and `class_names` in the order of the
+    logits; images are preprocessed as for ours. Raises InputError (a ValueError).
     """
     model, _ = open_model(path, device, trust=trust, arch=arch, class_names=class_names)
     return model, model.info.class_names
@@ -69,9 +69,12 @@ def open_model(
     arch: str | None = None,
     class_names: list[str] | None = None,
 ) -> tuple[nn.Module, dict]:
-    """As load_model, with all that the file says of the network; says so where the network knows only drawings."""
+    """As load_model, but returns the model and the whole checkpoint or the exported file's info, a dict.
+
+    Prints a note on standard error if the model was trained on the sample set of drawings.
+    """
     if (arch is None) != (class_names is None):
-        raise InputError("arch and class_names go together: they say what another tool's weights are")
+        raise InputError("arch and class_names go together: they tell what another tool's weights are")
     path = find_checkpoint(path)
     if is_exported(path):
         if arch is not None:
@@ -88,7 +91,7 @@ def open_model(
     model = model.to(target, memory_format=memory_format(target))
     if model.info.trained_on == SAMPLE_SET:
         print(
-            f"note: this network was trained on {model.info.trained_on}; for photos, train on real faces or pass "
+            f"note: this model was trained on {model.info.trained_on}; for photos, train on real faces or pass "
             "--checkpoint weights/emotion_model.pth",
             file=sys.stderr,
         )
@@ -99,7 +102,7 @@ def predict_image(model: nn.Module, image, class_names: list[str]) -> Prediction
     """(predicted class, its confidence in percent, dict of class name to percent in class order).
 
     `image` is a path, a PIL image, or a uint8 array in RGB order (H, W, 3) or gray (H, W); the whole of it is taken
-    as one face. Raises ValueError that names a picture which can't be read.
+    as one face. Raises ValueError that names an image which can't be read.
     """
     return predict_images(model, [image], class_names)[0]
 
@@ -107,9 +110,9 @@ def predict_image(model: nn.Module, image, class_names: list[str]) -> Prediction
 def predict_images(
     model: nn.Module, images: Iterable, class_names: list[str], batch_size: int = 64
 ) -> list[Prediction]:
-    """`predict_image` for many pictures, in batches; the same three for each, in the order given."""
+    """`predict_image` for many images, in batches; the same three for each, in the order given."""
     if isinstance(images, str | os.PathLike | np.ndarray) or not isinstance(images, Iterable):  # a PIL image is none
-        raise InputError("predict_images takes a list of pictures; for one, call predict_image")
+        raise InputError("predict_images takes a list of images; for one, call predict_image")
     _check_classes(model, class_names)
     found = classify(model, list(images), make_finder(model.info.input_spec), batch_size)
     return [to_prediction(probs, class_names) for _, probs in found]
@@ -123,28 +126,19 @@ def predict_faces(
     min_size: int | None = None,
     yunet: str | Path | None = None,
 ) -> list[dict]:
-    """Every face in a picture, the largest first; an empty list where there is none. Needs OpenCV.
+    """Every face in an image, the largest first; an empty list if there is none. Needs OpenCV.
 
     Each is {"box": (left, top, width, height) in pixels, "score": the detector's own, "emotion", "confidence" in
     percent, "probs": class name to percent}. `image` as for predict_image, `min_size` and `yunet` as for
-    faces.find_faces. Raises ValueError where the picture can't be read or OpenCV is missing.
+    faces.detector.find_faces. Raises ValueError if the image can't be read or OpenCV is missing.
     """
     _check_classes(model, class_names)
     found = classify(model, [image], make_finder(model.info.input_spec, "on", min_size=min_size, yunet=yunet))
-    results = []
-    for view, probs in found:
-        if view.face:
-            emotion, confidence, all_probs = to_prediction(probs, class_names)
-            results.append(
-                {
-                    "box": view.face.box,
-                    "score": view.face.score,
-                    "emotion": emotion,
-                    "confidence": confidence,
-                    "probs": all_probs,
-                }
-            )
-    return results
+    faces = [(view.face, to_prediction(probs, class_names)) for view, probs in found if view.face]
+    return [
+        {"box": face.box, "score": face.score, "emotion": emotion, "confidence": confidence, "probs": all_probs}
+        for face, (emotion, confidence, all_probs) in faces
+    ]
 
 
 def crop_largest_face(path: str | Path, min_size: int | None = None) -> np.ndarray:
@@ -163,7 +157,7 @@ def crop_largest_face(path: str | Path, min_size: int | None = None) -> np.ndarr
 
 def _check_classes(model: nn.Module, class_names: list[str]) -> None:
     if len(class_names) != model.info.num_classes:
-        raise InputError(f"the network has {model.info.num_classes} classes, but class_names has {len(class_names)}")
+        raise InputError(f"the model has {model.info.num_classes} classes, but class_names has {len(class_names)}")
 
 
 @torch.inference_mode()
@@ -174,19 +168,22 @@ def predict_probs(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
     return torch.softmax(model(inputs).float() / model.info.temperature, dim=1).cpu()
 
 
-def to_prediction(probs: torch.Tensor, class_names: list[str]) -> Prediction:
+def to_prediction(probs: torch.Tensor | None, class_names: list[str]) -> Prediction | None:
+    """What predict_image returns, from probs (num_classes,); None from None, which is an image without a face."""
+    if probs is None:
+        return None
     all_probs = {name: 100 * value for name, value in zip(class_names, probs.tolist(), strict=True)}
     best = max(all_probs, key=all_probs.get)
     return best, all_probs[best], all_probs
 
 
-# What is classified in a picture: the whole of it, or its faces
+# What is classified in an image: the whole of it, or its faces
 
 
 @dataclass(frozen=True)
 class View:
     """What is classified of `source`: kind "face", one of its faces, the largest of which has number 1; "whole", all of
-    it; "crop", all of it because it is small; or "none": it has no face. `time` in seconds is that of a video's frame.
+    it; "crop", all of it because it is small; or "none": it has no face. `time`, in seconds, is of a video's frame.
     """
 
     source: object
@@ -202,12 +199,12 @@ Finder = Callable[[object], list[tuple[View, np.ndarray | None]]]
 def make_finder(
     spec: InputSpec, faces: str = "off", *, min_size: int | None = None, yunet: str | Path | None = None
 ) -> Finder:
-    """A function from a picture to its views, each with pixels uint8 (C, H, W) as the network eats them.
+    """A function from an image to its views, each with pixels uint8 (C, H, W) as read_image makes them.
 
-    faces "off" takes the whole picture, "on" every face in it, "auto" every face but the whole of pictures of at most
-    100 pixels, which are crops of faces already, and of all where OpenCV is missing. A picture without a face is one
-    view without pixels. Raises InputError where OpenCV is missing, and faces is "on" or `yunet` is given, and where
-    the detector can't be used.
+    faces "off" takes the whole image, "on" every face in it, "auto" every face, except that it takes the whole of
+    images of at most 100 pixels, which are crops of faces already, and of all images if OpenCV is missing. An image
+    without a face is one view without pixels. Raises InputError if the detector can't be used, or if OpenCV is missing
+    and faces is "on" or `yunet` is given.
     """
     if faces == "on" or (faces == "auto" and yunet):
         find_faces(np.zeros((32, 32, 3), np.uint8), yunet=yunet)  # so that a broken detector shows once, and first
@@ -242,7 +239,7 @@ def _find_all(sources: list, find: Finder) -> tuple[list[tuple[View, np.ndarray 
 def classify_batch(
     model: nn.Module, views: list[tuple[View, np.ndarray | None]]
 ) -> list[tuple[View, torch.Tensor | None]]:
-    """(view, probs (num_classes,)) of each; None for probs where there is nothing to classify."""
+    """(view, probs (num_classes,)) of each; None instead of probs if the view has no pixels."""
     pixels = [pixels for _, pixels in views if pixels is not None]
     probs = iter(predict_probs(model, torch.from_numpy(np.stack(pixels)))) if pixels else None
     return [(view, None if pixels is None else next(probs)) for view, pixels in views]
@@ -255,10 +252,10 @@ def classify(
     batch_size: int = 64,
     on_error: Callable[[object, str], None] | None = None,
 ) -> Iterator[tuple[View, torch.Tensor | None]]:
-    """Yields (view, probs (num_classes,)) in order, None for a picture without a face; faces of many share a batch.
+    """Yields (view, probs (num_classes,)) in order, None instead of probs for an image without a face.
 
-    The next batch is decoded and searched while the network works. A picture that can't be read goes to
-    `on_error(source, message)` and is left out; without `on_error`, InputError is raised.
+    Faces of several images share a batch, and the next batch is decoded and searched while the model works. An image
+    that can't be read goes to `on_error(source, message)` and is left out; without `on_error`, InputError is raised.
     """
     waiting = []
     for _, (views, unreadable) in in_chunks(sources, lambda part: _find_all(part, find), 8, ahead=2 * batch_size):
@@ -278,8 +275,8 @@ def classify_on_cores(
 ) -> Iterator[tuple[View, torch.Tensor | None]]:
     """As `classify`; for scripts, since it sets torch's threads.
 
-    On the CPU every core takes a share of the batch and works it through on its own, decoding included: with small
-    networks cores that share one batch wait for each other, and for whichever of them decodes.
+    On the CPU every core takes a share of the batch and works it through on its own, decoding included: with a small
+    model cores that share one batch wait for each other, and for whichever of them decodes.
     """
     threads = torch.get_num_threads()
     if len(sources) == 1 or device_of(model).type != "cpu":

@@ -5,7 +5,7 @@
     python -m examples.emotion_cam --source clip.mp4 --headless out.mp4       # write instead of showing
 
 Probabilities are smoothed per face (--smooth 0 turns it off), faces are looked for in every third frame, and frames
-that come faster than they can be worked through are dropped. Nothing is sent anywhere or stored, but by --headless.
+that come faster than they can be worked through are dropped. Nothing is sent anywhere, or stored without --headless.
 The window needs the full OpenCV: pip uninstall opencv-python-headless, then pip install "opencv-python>=4.10,<5".
 """
 
@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from console import ArgumentParser, check_writable, run_script
+from console import ArgumentParser, check_writable, number, run_script
 from errors import InputError, printable
 from faces.camera import Camera, watch
 from faces.detector import load_opencv
@@ -52,9 +52,9 @@ def draw(pixels: np.ndarray, results: list, fps: float) -> Image.Image:
 
 
 def check_window() -> None:
-    """InputError where no window can be shown; without a display, some builds of OpenCV end the whole process."""
+    """InputError if no window can be shown; without a display, some builds of OpenCV end the whole process."""
     cv2 = load_opencv()
-    hint = 'pip install "opencv-python>=4.10,<5" in its place, or pass --headless out.mp4'
+    hint = 'pip install "opencv-python>=4.10,<5" instead, or pass --headless out.mp4'
     if sys.platform.startswith("linux") and not {"DISPLAY", "WAYLAND_DISPLAY", "QT_QPA_PLATFORM"} & set(os.environ):
         raise InputError("no window: there is no display; pass --headless out.mp4")
     try:
@@ -116,7 +116,7 @@ def run_headless(source: str, see, seconds: float, target: Path) -> None:
 
 
 def check_target(target: Path, source: str) -> None:
-    """InputError where --headless names no file that can be written, or the source itself."""
+    """InputError if --headless names no file that can be written, or the source itself."""
     if target.suffix.lower() != ".mp4":
         raise InputError(f"--headless {target}: the name must end in .mp4")
     if os.path.realpath(target) == os.path.realpath(source):
@@ -126,25 +126,18 @@ def check_target(target: Path, source: str) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     parser = ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--source", default="0", help="a camera's number or a video file (default: 0)")
-    parser.add_argument(
-        "--checkpoint", metavar="PATH", default=str(BUNDLED), help="(default: weights/emotion_model.pth)"
-    )
-    parser.add_argument("--smooth", type=float, default=0.7, help="share that the past keeps; 0 is off (default: 0.7)")
-    parser.add_argument(
-        "--detect-every", type=int, default=3, metavar="N", help="look for faces in every Nth frame (default: 3)"
-    )
-    parser.add_argument("--min-face", type=int, default=60, metavar="PIXELS", help="the smallest face (default: 60)")
-    parser.add_argument("--yunet", metavar="FILE", help="YuNet's .onnx file, in the place of the cascade")
-    parser.add_argument("--headless", metavar="FILE", help="write to this .mp4 file instead of showing a window")
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="stop after so many (default: never)")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
+    add = parser.add_argument
+    add("--source", default="0", help="a camera's number or a video file")
+    add("--checkpoint", metavar="PATH", default=str(BUNDLED), help="(default: weights/emotion_model.pth)")
+    smooth = number(float, 0, 1, below=True)
+    add("--smooth", type=smooth, default=0.7, help="share that the past keeps; 0 is off")
+    add("--detect-every", type=number(int, 1), default=3, metavar="N", help="look for faces in every Nth frame")
+    add("--min-face", type=number(int, 1), default=60, metavar="PIXELS", help="the smallest face")
+    add("--yunet", metavar="FILE", help="YuNet's .onnx file, to find faces with instead of OpenCV's cascade")
+    add("--headless", metavar="FILE", help="write to this .mp4 file instead of showing a window")
+    add("--seconds", type=float, default=float("inf"), help="stop after so many (default: never)")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     args = parser.parse_args(argv)
-    if not 0 <= args.smooth < 1:
-        raise InputError(f"--smooth must be at least 0 and below 1, not {args.smooth}")
-    for flag, value in (("--detect-every", args.detect_every), ("--min-face", args.min_face)):
-        if value < 1:
-            raise InputError(f"{flag} must be at least 1, not {value}")
     if not args.seconds > 0:
         raise InputError(f"--seconds must be above 0, not {args.seconds}")
     if args.headless:

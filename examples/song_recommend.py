@@ -1,10 +1,10 @@
-"""A song for your mood: sees the dominant emotion in a camera, a picture or a clip, and opens a search for a song.
+"""A song for your mood: sees the dominant emotion in a camera, an image or a clip, and opens a search for a song.
 
     python -m examples.song_recommend                           # watches camera 0 for five seconds
     python -m examples.song_recommend --source photo.jpg --service spotify
     python -m examples.song_recommend --source clip.mp4 --no-browser
 
-Songs stand in examples/songs.toml, a list for every emotion; edit it, or name your own with --songs. Pictures never
+Songs stand in examples/songs.toml, a list for every emotion; edit it, or name your own with --songs. Images never
 leave your machine: all that is sent is the search for the song, by your browser.
 """
 
@@ -52,7 +52,7 @@ def read_songs(path: Path, emotions: list[str]) -> dict[str, list[str]]:
 def dominant_emotion(seen, class_names: list[str]) -> tuple[str, float]:
     """The emotion with the highest mean probability of the largest face, and that mean in percent.
 
-    `seen` yields (pixels, [(face, prediction), ...]) as live.watch does. Raises InputError where it shows no face.
+    `seen` yields (pixels, [(face, prediction), ...]) as faces.camera.watch does. Raises InputError if there is no face.
     """
     total, frames = np.zeros(len(class_names)), 0
     for _, results in seen:
@@ -61,15 +61,15 @@ def dominant_emotion(seen, class_names: list[str]) -> tuple[str, float]:
             total += [probs[name] for name in class_names]
             frames += 1
     if not frames:
-        raise InputError("no face was seen; look into the camera, or pass a picture of a face with --source")
+        raise InputError("no face was seen; look into the camera, or pass an image of a face with --source")
     best = int(total.argmax())
     return class_names[best], total[best] / frames
 
 
 def see(model, class_names: list[str], source: str, seconds: float):
-    """What live.watch yields, of a camera for so many seconds, of a clip, or of one picture.
+    """What faces.camera.watch yields, of a camera for so many seconds, of a clip, or of one image.
 
-    A picture of at most 100 pixels is taken for the crop of a face, as predict_emotion.py does.
+    An image of at most 100 pixels is taken for the crop of a face, as predict_emotion.py does.
     """
     if source.isdecimal():
         with Camera(source) as camera:
@@ -90,20 +90,19 @@ def see(model, class_names: list[str], source: str, seconds: float):
 
 def main(argv: list[str] | None = None) -> None:
     parser = ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--source", default="0", help="a camera's number, a picture or a video file (default: 0)")
-    parser.add_argument("--seconds", type=float, default=5.0, help="to watch a camera for (default: 5)")
-    parser.add_argument("--songs", metavar="FILE", default=str(SONGS), help="(default: examples/songs.toml)")
-    parser.add_argument("--service", choices=SERVICES, default="youtube", help="where to search (default: youtube)")
-    parser.add_argument("--no-browser", action="store_true", help="print the address instead of opening it")
-    parser.add_argument(
-        "--checkpoint", metavar="PATH", default=str(BUNDLED), help="(default: weights/emotion_model.pth)"
-    )
+    add = parser.add_argument
+    add("--source", default="0", help="a camera's number, an image or a video file")
+    add("--seconds", type=float, default=5.0, help="to watch a camera for")
+    add("--songs", metavar="FILE", default=str(SONGS), help="(default: examples/songs.toml)")
+    add("--service", choices=SERVICES, default="youtube", help="where to search")
+    add("--no-browser", action="store_true", help="print the address instead of opening it")
+    add("--checkpoint", metavar="PATH", default=str(BUNDLED), help="(default: weights/emotion_model.pth)")
     args = parser.parse_args(argv)
     if not args.seconds > 0:
         raise InputError(f"--seconds must be above 0, not {args.seconds:g}")
     model, class_names = load_model(args.checkpoint)
     songs = read_songs(Path(args.songs), class_names)
-    print("Your pictures stay on this machine; only the search for a song is sent, by your browser.")
+    print("Your images stay on this machine; only the search for a song is sent, by your browser.")
     if args.source.isdecimal():
         print(f"Look into camera {args.source} for {args.seconds:g} seconds ...", flush=True)
     emotion, confidence = dominant_emotion(see(model, class_names, args.source, args.seconds), class_names)

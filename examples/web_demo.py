@@ -3,7 +3,7 @@
     python -m examples.web_demo                     # http://127.0.0.1:7860
     python -m examples.web_demo --checkpoint best_emotion_model.pth --port 8000
 
-Only this computer can open the page, unless --host says otherwise. Pictures are sent nowhere else, and what the server
+Only this computer can open the page, unless --host lets others in. Images are sent nowhere else, and what the server
 keeps of them while it runs is deleted when it ends. Needs Gradio: pip install "gradio>=6".
 """
 
@@ -14,7 +14,7 @@ import tempfile
 import threading
 from pathlib import Path
 
-from console import ArgumentParser, run_script
+from console import ArgumentParser, number, run_script
 from data import walk_pictures
 from errors import InputError, printable
 from faces.detector import Face, opencv_problem
@@ -25,11 +25,11 @@ from preprocessing import read_whole
 
 PHOTO = Path(__file__).parent / "astronaut.jpg"
 DRAWINGS = Path(__file__).parent.parent / "test"
-PRIVACY = "Pictures are not sent anywhere but to the program that shows this page."
+PRIVACY = "Images are not sent anywhere but to the program that shows this page."
 
 
 def load_gradio():
-    """The module gradio, which then sends no statistics and records no runs; InputError where it is missing."""
+    """The module gradio, which then sends no statistics and records no runs; InputError if it is missing."""
     os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_RUN_HISTORY": "False"}
     try:
         import gradio
@@ -39,21 +39,22 @@ def load_gradio():
 
 
 def describe(model, path: str) -> str:
-    classes = ", ".join(map(printable, model.info.class_names))
-    size = f"{count_parameters(model):,} parameters" if count_parameters(model) else "exported"
-    return f"{model.info.arch} from {printable(path)}, {size}, trained on {printable(model.info.trained_on)}. Classes: {classes}."
+    info, count = model.info, count_parameters(model)
+    size = f"{count:,} parameters" if count else "exported"
+    classes = ", ".join(map(printable, info.class_names))
+    return f"{info.arch} from {printable(path)}, {size}, trained on {printable(info.trained_on)}. Classes: {classes}."
 
 
 def find_emotions(model, path: str) -> tuple[list[tuple[Face | None, tuple | None]], str]:
-    """((face, prediction) for each face of the picture, and a line that says what was found)."""
+    """([(face, prediction) for each face of the image], a line on what was found)."""
     pixels = read_whole(path)
     is_crop = max(pixels.shape[:2]) <= CROP_SIZE
     if is_crop or opencv_problem():
-        why = "The picture is small, so all of it was taken for one face." if is_crop else opencv_problem()
+        why = "The image is small, so all of it was taken for one face." if is_crop else opencv_problem()
         return [(None, predict_image(model, pixels, model.info.class_names))], why
     found = predict_faces(model, pixels, model.info.class_names)
     if not found:
-        return [(None, None)], "No face found. Try a picture with an upright face, or crop it to the face."
+        return [(None, None)], "No face found. Try an image with an upright face, or crop it to the face."
     results = [(Face(*one["box"], one["score"]), (one["emotion"], one["confidence"], one["probs"])) for one in found]
     return results, "1 face found." if len(found) == 1 else f"{len(found)} faces found."
 
@@ -67,13 +68,13 @@ def build_page(gr, model, path: str):
         try:
             results, message = find_emotions(model, path)
         except InputError:
-            return None, "This file can't be read as a picture. Try a JPEG or PNG file.", []
+            return None, "This file can't be read as an image. Try a JPEG or PNG file.", []
         labels = [{name: percent / 100 for name, percent in found[2].items()} for _, found in results if found]
         return draw_faces(read_whole(path), results), message, labels
 
     with gr.Blocks(title="Facial emotions", analytics_enabled=False, delete_cache=(60, 600)) as page:
         gr.Markdown(f"# Facial emotions\n{PRIVACY}")
-        gr.Textbox(describe(model, path), label="Network", interactive=False)  # no Markdown: names are text
+        gr.Textbox(describe(model, path), label="Model", interactive=False)  # no Markdown: names are text
         with gr.Row():
             with gr.Column():
                 photo = gr.Image(sources=["upload", "webcam", "clipboard"], label="Photo", height=400)
@@ -82,9 +83,8 @@ def build_page(gr, model, path: str):
                 examples = [path for path in [str(PHOTO), *drawings] if os.path.isfile(path)]
                 gr.Examples(examples, photo, examples_per_page=8)
             with gr.Column():
-                annotated = gr.Image(
-                    label="Faces", interactive=False, format="jpeg", height=400, buttons=["download", "fullscreen"]
-                )  # none that shares
+                buttons = ["download", "fullscreen"]  # none that shares
+                annotated = gr.Image(label="Faces", interactive=False, format="jpeg", height=400, buttons=buttons)
                 message = gr.Markdown(elem_id="message")
                 labels = gr.State([])
 
@@ -98,49 +98,39 @@ def build_page(gr, model, path: str):
 
 
 def find_port(host: str, wanted: int | None) -> int:
-    """`wanted`, or the first free one from 7860 on. InputError where it is taken or `host` is wrong."""
+    """`wanted`, or the first free one from 7860 on. InputError if it is taken or `host` is wrong."""
     for port in [wanted] if wanted is not None else range(7860, 7960):
         with socket.socket() as server:
             if os.name == "posix":  # where it allows a port that was used a moment ago; elsewhere one in use
                 server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
-                server.bind((host, port or -1))  # 0 would be any port
+                server.bind((host, port))
                 return port
             except OSError as error:
                 problem = f"can't serve at --host {host} --port {port}: {error.strerror}"
-            except OverflowError:
-                problem = f"--port must be from 1 to 65535, not {port}"
     raise InputError(problem)
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument(
-        "--checkpoint", metavar="PATH", default=str(BUNDLED), help="(default: weights/emotion_model.pth)"
-    )
-    parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 lets other computers in (default: 127.0.0.1)")
-    parser.add_argument("--port", type=int, help="(default: the first free one from 7860 on)")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
+    add = parser.add_argument
+    add("--checkpoint", metavar="PATH", default=str(BUNDLED), help="(default: weights/emotion_model.pth)")
+    add("--host", default="127.0.0.1", help="0.0.0.0 lets other computers in")
+    add("--port", type=number(int, 1, 65535), help="(default: the first free one from 7860 on)")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     args = parser.parse_args(argv)
     port = find_port(args.host, args.port)
     gr = load_gradio()
     model, _ = load_model(args.checkpoint, args.device)
     ended = threading.Event()  # an exception raised by a signal may be lost in a callback that ignores it; this can't
-    for name in ("SIGINT", "SIGTERM", "SIGHUP"):  # a closed terminal, a shutdown: the pictures are deleted then too
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):  # a closed terminal, a shutdown: the images are deleted then too
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), lambda *_: ended.set())
     with tempfile.TemporaryDirectory(prefix="emotion_page_") as folder:
         os.environ["GRADIO_TEMP_DIR"] = folder
         page = build_page(gr, model, os.path.basename(args.checkpoint))
-        page.launch(
-            server_name=args.host,
-            server_port=port,
-            share=False,
-            ssr_mode=False,
-            quiet=True,
-            prevent_thread_lock=True,
-            footer_links=[],
-        )
+        quiet = dict(share=False, ssr_mode=False, quiet=True, prevent_thread_lock=True, footer_links=[])
+        page.launch(server_name=args.host, server_port=port, **quiet)
         print(f"open http://{args.host}:{port} in a browser; Ctrl-C ends", flush=True)
         while not ended.wait(0.2):  # on Windows a wait without end hears no Ctrl-C
             pass

@@ -24,8 +24,8 @@ class Camera:
     """The newest frame of a camera, or of a file played at its speed; frames that nobody asked for in time are dropped.
 
     `source` is a camera's number or a file's name, `timeout` in seconds. `with Camera("0") as camera` closes it.
-    Raises InputError, also while iterating, where there is no such camera, another program has it, or it stops
-    sending pictures. Iterating yields uint8 (H, W, 3) in RGB order.
+    Raises InputError, also while iterating, if there is no such camera, another program has it, or it stops sending
+    images. Iterating yields uint8 (H, W, 3) in RGB order.
     """
 
     def __init__(self, source: str, *, timeout: float = 5.0):
@@ -35,7 +35,7 @@ class Camera:
             if not self.capture.isOpened():
                 raise InputError(f"no camera {source}, or another program has it; try another number or a video file")
         else:
-            video = Video(source)  # which says what is wrong with it
+            video = Video(source)  # raises InputError with what is wrong with it
             self.capture, self.pause = video.capture, 1 / video.fps
         self._frame, self._number, self._ended = None, 0, False  # under the lock of _news
         self._news, self._stop = threading.Condition(), threading.Event()
@@ -77,7 +77,7 @@ class Camera:
                 if ended and not self.is_camera:
                     return
                 kind = "camera" if self.is_camera else "video"
-                raise InputError(f"{kind} {self.source} has stopped sending pictures; is it still there?")
+                raise InputError(f"{kind} {self.source} has stopped sending images; is it still there?")
             seen = number
             yield cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)
 
@@ -144,7 +144,7 @@ class Tracker:
 
 
 def _distance(one: Face, other: Face) -> float:
-    """Between the centres, in widths of the larger face."""
+    """Between the centers, in widths of the larger face."""
     x = one.left + one.width / 2 - other.left - other.width / 2
     y = one.top + one.height / 2 - other.top - other.height / 2
     return float(np.hypot(x, y)) / max(one.width, other.width)
@@ -163,7 +163,7 @@ def watch(
     """Yields (pixels, [(face, smoothed prediction), ...]) of each of `frames`, uint8 (H, W, 3) in RGB order.
 
     Faces are looked for in every `detect_every`th frame and taken to stay where they are in between, where they are
-    classified all the same. Raises InputError where the detector can't be used.
+    classified all the same. Raises InputError if the detector can't be used.
     """
     tracker = Tracker(smooth)
     for number, pixels in enumerate(frames):

@@ -1,7 +1,7 @@
 """Faces in photos and frames, found by OpenCV's detectors; OpenCV is an optional package.
 
 faces = find_faces(image)                       # largest first
-crop = crop_face(image, faces[0])               # square, framed as FER2013's pictures are
+crop = crop_face(image, faces[0])               # square, framed as FER2013's images are
 """
 
 import os
@@ -15,8 +15,8 @@ import numpy as np
 from errors import InputError
 from preprocessing import read_whole
 
-LONGEST = 1280  # pixels; larger pictures are searched on a copy of this longer side
-CROP_SIZE = 100  # pixels; a picture of no longer side is taken for the crop of a face
+LONGEST = 1280  # pixels; larger images are searched on a copy of this longer side
+CROP_SIZE = 100  # pixels; an image of no longer side is taken for the crop of a face
 SMALLEST = 30  # pixels of the box, in what is searched; the cascade was trained on 20
 MARGIN = {"haar": 0.02, "yunet": 0.0}  # on each side; benchmarks.faces measures the cascade's, YuNet's is a guess
 CASCADE = "haarcascade_frontalface_alt2.xml"
@@ -27,8 +27,8 @@ _importing = threading.Lock()
 
 @dataclass(frozen=True)
 class Face:
-    """A box in pixels of the picture, inside it, and the detector's own score: of YuNet from 0 to 1, of the cascade
-    a sum that is good for ranking only."""
+    """A box in pixels of the image, inside it, and the detector's own score: of YuNet from 0 to 1, of the cascade a sum
+    that is good for ranking only."""
 
     left: int
     top: int
@@ -44,8 +44,8 @@ class Face:
 
 @cache
 def load_opencv():
-    """The module cv2. Raises InputError that says what to install where it is missing, broken, or without cascades."""
-    os.environ.setdefault("OPENCV_LOG_LEVEL", "OFF")  # what it would print about broken videos, we say in one line
+    """The module cv2. Raises InputError with what to install if it is missing, broken, or without cascades."""
+    os.environ.setdefault("OPENCV_LOG_LEVEL", "OFF")  # broken videos are reported in one line of ours
     os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
     os.environ.setdefault("OPENCV_VIDEOIO_MSMF_ENABLE_HW_TRANSFORMS", "0")  # or Windows takes a minute per camera
     try:
@@ -62,7 +62,7 @@ def load_opencv():
 
 @cache
 def opencv_problem() -> str | None:
-    """Why faces can't be looked for, and what to do; None where they can."""
+    """Why faces can't be looked for, and what to do; None if they can."""
     try:
         load_opencv()
     except InputError as error:
@@ -71,12 +71,12 @@ def opencv_problem() -> str | None:
 
 
 def find_faces(image, *, min_size: int | None = None, yunet: str | Path | None = None) -> list[Face]:
-    """The faces in a picture, the largest first.
+    """The faces in an image, the largest first.
 
     `image` is a path, a PIL image, or a uint8 array (H, W, 3) in RGB order or (H, W). By default it is searched for
-    faces from 30 pixels on, where its longer side is over 1280 pixels on a copy of that size. `min_size`, in pixels of
-    the picture, asks for smaller ones (down to 20, slower) or spares small ones (faster). `yunet` is the .onnx file of
-    OpenCV's YuNet (Wu et al. 2023), used in the place of the cascade of Viola & Jones 2001. Raises InputError.
+    faces from 30 pixels on, and if its longer side is over 1280 pixels, on a copy of that size. `min_size`, in pixels
+    of the image, asks for smaller ones (down to 20, slower) or spares small ones (faster). `yunet` is the .onnx file of
+    OpenCV's YuNet (Wu et al. 2023), used instead of the cascade of Viola & Jones 2001. Raises InputError.
     """
     if min_size is not None and min_size < 1:
         raise InputError(f"the least size of a face must be at least 1 pixel, not {min_size}")
@@ -121,7 +121,7 @@ def _search_yunet(cv2, pixels: np.ndarray, least: int, path: str) -> list[tuple[
 
 
 def _to_face(box, score: float, scales: tuple[float, float], size: tuple[int, int], detector: str) -> Face:
-    """`box` (left, top, width, height) in pixels of what was searched, clipped to the picture of `size`."""
+    """`box` (left, top, width, height) in pixels of what was searched, clipped to the image of `size`."""
     sides = []
     for start, length, scale, limit in zip(box[:2], box[2:4], scales, size, strict=True):
         ends = (float(start) / scale, float(start + length) / scale)
@@ -133,8 +133,8 @@ def _to_face(box, score: float, scales: tuple[float, float], size: tuple[int, in
 def crop_face(image, face: Face, margin: float | None = None) -> np.ndarray:
     """The square around `face` as uint8 (S, S, 3), with `margin` (a share of its longer side) on each side.
 
-    The margin is what makes it look like FER2013's pictures, unless given. What lies outside the picture repeats its
-    edge. `image` as for find_faces; InputError for one that can't be read.
+    The margin is what makes it look like FER2013's images, unless given. What lies outside the image repeats its edge.
+    `image` as for find_faces; InputError for one that can't be read.
     """
     pixels = read_whole(image)
     margin = MARGIN[face.detector] if margin is None else margin

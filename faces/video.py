@@ -12,7 +12,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import torch
 from torch import nn
 from tqdm import tqdm
 
@@ -20,7 +19,7 @@ from checkpoints import replace_file
 from errors import InputError, printable
 from faces.detector import load_opencv
 from faces.overlay import Targets, draw_faces
-from inference import Finder, View, classify_batch, to_prediction
+from inference import Finder, Prediction, View, classify_batch, to_prediction
 
 ENDINGS = {".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpeg", ".wmv", ".ogv"}
 
@@ -33,7 +32,7 @@ class Video:
     """A video file. `fps` frames a second, `size` (width, height), `count` frames as the file says, 0 if it doesn't.
 
     Iterating, once, yields (number, seconds, pixels) of each frame, upright. The seconds are those of the file, also
-    where its frames are not evenly spaced. Raises InputError where it can't be opened.
+    if its frames are not evenly spaced. Raises InputError if it can't be opened.
     """
 
     def __init__(self, path: str | Path):
@@ -69,7 +68,7 @@ class Video:
 class VideoCopy:
     """Writes frames to an .mp4 file, which is in its place once `close` is called; nothing is left without it.
 
-    `size` is (width, height). Raises InputError where OpenCV can't write such a video.
+    `size` is (width, height). Raises InputError if OpenCV can't write such a video.
     """
 
     def __init__(self, path: Path, fps: float, size: tuple[int, int]):
@@ -90,7 +89,7 @@ class VideoCopy:
         self.count += 1
 
     def close(self, *, keep: bool = True) -> None:
-        """Puts the file in its place, or with `keep` False leaves nothing. InputError where not all was written."""
+        """Puts the file in its place, or with `keep` False leaves nothing. InputError if not all was written."""
         self.writer.release()
         try:
             if keep:
@@ -103,7 +102,7 @@ class VideoCopy:
                 self.temporary.unlink()
 
     def _check(self) -> None:
-        """OpenCV says nothing of a full disk, so the frames in the file are counted."""
+        """OpenCV does not report a full disk, so the frames in the file are counted."""
         cv2 = load_opencv()
         capture = cv2.VideoCapture(str(self.temporary))
         written = int(capture.get(cv2.CAP_PROP_FRAME_COUNT)) if capture.isOpened() else 0
@@ -112,15 +111,16 @@ class VideoCopy:
             raise InputError(f"can't write {self.path}: {written} of {self.count} frames arrived; is the disk full?")
 
 
-def classify_video(
+def predict_video(
     model: nn.Module, video: Video, source: str, find: Finder, *, every: int = 1, targets: Targets | None = None
-) -> Iterator[tuple[View, torch.Tensor | None]]:
-    """Yields (view, probs (num_classes,)) of every `every`th frame of a video, which views call `source`.
+) -> Iterator[tuple[View, Prediction | None]]:
+    """Yields (view, prediction) of every `every`th frame of a video, which views call `source`; None without a face.
 
     With `targets` there is also a copy, where frames in between show what the last one classified did, and a timeline
-    of the largest face. Memory does not grow with the length of the video, but for the timeline's points. Raises
-    InputError where copy or timeline can't be written.
+    of the largest face. Memory does not grow with the length of the video, except for the timeline's points. Raises
+    InputError if the copy or the timeline can't be written.
     """
+    class_names = model.info.class_names
     copy = VideoCopy(targets(source, ".faces.mp4"), video.fps, video.size) if targets else None
     points, number, is_whole = [], 0, False
     try:
@@ -129,16 +129,16 @@ def classify_video(
                 bar.update()
                 if number % every == 0:
                     time = round(seconds, 3)
-                    views = [(replace(view, source=source, time=time), part) for view, part in find(pixels)]
-                    results = classify_batch(model, views)
-                    shown = [
-                        (view.face, None if p is None else to_prediction(p, model.info.class_names))
-                        for view, p in results
+                    results = [
+                        (replace(view, source=source, time=time), to_prediction(probs, class_names))
+                        for view, probs in classify_batch(model, find(pixels))
                     ]
-                    if copy and results[0][1] is not None:
-                        points.append((seconds, *results[0][1].tolist()))
+                    _, prediction = results[0]
+                    if copy and prediction:
+                        points.append((seconds, *(percent / 100 for percent in prediction[2].values())))
                     yield from results
                 if copy:
+                    shown = [(view.face, prediction) for view, prediction in results]
                     copy.add(draw_faces(pixels, shown, enlarge=False))
             is_whole = True
     finally:
@@ -151,4 +151,4 @@ def classify_video(
 
         title = Path(source).name + (", largest face" if results[0][0].kind != "whole" else "")
         target = targets(source, ".timeline.png")
-        replace_file(target, lambda path: reports.plot_timeline(points, model.info.class_names, path, title=title))
+        replace_file(target, lambda path: reports.plot_timeline(points, class_names, path, title=title))
