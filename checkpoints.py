@@ -167,7 +167,7 @@ def _what_is_wrong(path: Path) -> str:
     if re.match(rb"\x08[\x01-\x1f][\x12:]", head):  # the fields that ONNX files begin with
         return "it is an ONNX file; give it a name that ends in .onnx"
     if head[8:] == b"{":  # after the length of its header
-        return "it is a safetensors file; give it a name that ends in .safetensors, with its config.json beside it"
+        return "it is a safetensors file; give it a name that ends in .safetensors, with its config.json next to it"
     return "it is damaged, cut short or of another kind"
 
 

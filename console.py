@@ -17,7 +17,7 @@ def run_script(main: Callable[[], int | None]) -> None:
     """Runs a script's `main`: exit code 2 and one line for the user's mistakes, 130 for Ctrl-C."""
     limit_threads()
     keep_freed_memory()
-    warnings.filterwarnings("ignore", module="PIL")  # of pictures that it then refuses, or reads all the same
+    warnings.filterwarnings("ignore", module="PIL")  # it refuses these images anyway, or reads them
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # notebooks have streams of their own
             stream.reconfigure(errors="replace")  # a terminal that can't show a bar or a name still shows the rest

@@ -59,13 +59,13 @@ def find_classes(folder: str | Path) -> list[str]:
     """Sorted names of the class folders in `folder`, without hidden ones. InputError if there are none."""
     folder = Path(folder)
     if not os.path.isdir(folder):
-        raise InputError(f"no folder {folder}; it should hold one folder of pictures for each class")
+        raise InputError(f"no folder {folder}; it should hold one folder of images for each class")
     names = sorted(entry.name for entry in _scan(folder) if _is_folder(entry))
     for name in names:
         if not name.isprintable():  # it would garble terminals, plots and CSV files
             raise InputError(f"the class folder {folder / name} has an unprintable name; rename it")
     if not names:
-        raise InputError(f"{folder} holds no class folders; make one for each class, pictures inside")
+        raise InputError(f"{folder} holds no class folders; make one for each class, images inside")
     return names
 
 
@@ -86,7 +86,7 @@ def find_splits(folder: str | Path) -> dict[str, Path]:
     return {split: found[split] for split in ("train", "val", "test") if split in found}
 
 
-def walk_pictures(folder: str | Path) -> list[os.DirEntry]:
+def walk_images(folder: str | Path) -> list[os.DirEntry]:
     """Files below `folder` that are images by their ending, sorted by path; links are followed, loops are not."""
     found, folders, seen = [], [str(folder)], set()
     while folders:
@@ -111,15 +111,15 @@ def list_images(folder: str | Path, class_names: list[str]) -> list[ImageFile]:
     found = find_classes(folder)
     if not set(found) <= set(class_names):
         raise InputError(
-            f"classes differ: {folder} has {found}, but train/ or the network has "
-            f"{class_names}; rename {sorted(set(found) - set(class_names))}, or train a network that knows them"
+            f"classes differ: {folder} has {found}, but train/ or the model has "
+            f"{class_names}; rename {sorted(set(found) - set(class_names))}, or train a model that knows them"
         )
     images = []
     for name in found:
         class_folder = str(Path(folder) / name)
-        entries, start = walk_pictures(class_folder), len(class_folder) - len(name)
+        entries, start = walk_images(class_folder), len(class_folder) - len(name)
         if not entries:
-            raise InputError(f"the class folder {class_folder} holds no pictures; fill or remove it")
+            raise InputError(f"the class folder {class_folder} holds no images; fill or remove it")
         for entry in entries:
             key = [entry.path[start:]]
             with contextlib.suppress(OSError):  # a dangling link is listed, so that decoding names it
@@ -199,10 +199,10 @@ class FolderImages:
             if image.label not in readable:
                 name = self.folder / self.class_names[image.label]
                 reason = f"so the class is empty; for example, {lines[image.path]}"
-                raise InputError(f"no picture in {name} can be read, {reason}")
+                raise InputError(f"no image in {name} can be read, {reason}")
         if lines:
             self.notes += [*lines.values()][:50] + [f"... and {len(lines) - 50} more"] * (len(lines) > 50)
-            self.notes.append(f"left out {len(lines)} of {len(listed)} pictures in {printable(self.folder)}")
+            self.notes.append(f"left out {len(lines)} of {len(listed)} images in {printable(self.folder)}")
 
     def _load_or_build(self, listed: list[ImageFile], cache_dir: Path) -> tuple[np.ndarray, dict]:
         """The images and {"shape", "digests", "unreadable"}, from the cache, or decoded into it or into memory."""
@@ -222,7 +222,7 @@ class FolderImages:
             return _read_cache(path, len(listed))
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or error
-            self.notes.append(f"no cache in {printable(cache_dir)} ({reason}): this run keeps the pictures in memory")
+            self.notes.append(f"no cache in {printable(cache_dir)} ({reason}): this run keeps the images in memory")
             file = io.BytesIO()
             info = self._write_images(file, listed)
             return np.frombuffer(file.getbuffer(), np.uint8, offset=_HEADER_BYTES).reshape(info["shape"]), info

@@ -10,7 +10,7 @@ def printable(text) -> str:
 
 
 class InputError(ValueError):
-    """The user's input is at fault. The message is one line that names the file or flag and says what to do."""
+    """The user's input is at fault. The message is one line that names the file or flag and what to do."""
 
     def __init__(self, message: str):
         super().__init__(printable(message))

@@ -1,4 +1,4 @@
-"""Measures a checkpoint on a folder of pictures sorted by emotion.
+"""Measures a checkpoint on a folder of images sorted by emotion.
 
     python evaluate_emotion.py                                                    # best_emotion_model.pth on test/
     python evaluate_emotion.py --checkpoint best_emotion_model.pth --data-dir DIR --split val --tta

@@ -52,10 +52,10 @@ def load_model(
 ) -> tuple[nn.Module, list[str]]:
     """The model of a checkpoint or an exported file, in evaluation mode on `device`, and its class names.
 
-    Without `path`: best_emotion_model.pth in the current folder, else weights/emotion_model.pth. What the model is
-    stands in `model.info`, a ModelInfo. TorchScript and torch.export files can carry code, and are loaded with `trust`
-    only. For another tool's weights of one of our networks, pass their `arch`, and `class_names` in the order of the
-    logits; images are preprocessed as for ours. Raises InputError (a ValueError).
+    Without `path`: best_emotion_model.pth in the current folder, else weights/emotion_model.pth. `model.info`
+    is its ModelInfo. TorchScript and torch.export files can carry code, and are loaded only with `trust`. For another
+    tool's weights of one of our architectures, pass their `arch`, and `class_names` in the order of the logits; images
+    are preprocessed as for ours. Raises InputError (a ValueError).
     """
     model, _ = open_model(path, device, trust=trust, arch=arch, class_names=class_names)
     return model, model.info.class_names

@@ -233,7 +233,7 @@ def _network(features: list[nn.Module], classifier: list[nn.Module]) -> nn.Seque
 def cnn6_bn(num_classes: int, image_size: int) -> nn.Module:
     """S0's network: six convolutions with batch-norm in three blocks, three linear layers.
 
-    6.0 M parameters, where S0's document says about 12.5 M.
+    6.0 M parameters, where S0's document has about 12.5 M.
     """
     layers, in_channels = [], 1
     for out_channels in (64, 128, 256):

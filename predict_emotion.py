@@ -26,7 +26,7 @@ from torch import nn
 
 from checkpoints import BEST_NAME, replace_file
 from console import ArgumentParser, check_writable, make_output_dir, number, run_script
-from data import find_classes, find_splits, walk_pictures
+from data import find_classes, find_splits, walk_images
 from errors import InputError, printable
 from faces.detector import CROP_SIZE, LONGEST, SMALLEST, opencv_problem
 from faces.overlay import Targets, annotate_images
@@ -91,7 +91,7 @@ def find_images(inputs: list[str]) -> list[str]:
     found = []
     for item in inputs:
         if os.path.isdir(item):
-            paths = [entry.path for entry in walk_pictures(item)]
+            paths = [entry.path for entry in walk_images(item)]
         elif os.path.lexists(item):
             paths = [item]
         else:
@@ -316,7 +316,7 @@ def pick_samples(folder: Path, class_names: list[str]) -> list[tuple[str, str]]:
         raise InputError(f"{folder} has none of the classes that the model knows, {class_names}; pass --data-dir")
     rng, by_class = np.random.default_rng(0), []
     for name in known:
-        images = [(entry.path, name) for entry in walk_pictures(folder / name)]
+        images = [(entry.path, name) for entry in walk_images(folder / name)]
         by_class.append([images[index] for index in rng.permutation(len(images))])
     turns = [images[turn] for turn in range(SAMPLES) for images in by_class if turn < len(images)]
     return turns[:SAMPLES]

@@ -1,4 +1,4 @@
-"""Image file -> uint8 pixels -> network input: the one path that training, prediction and export share.
+"""Image file -> uint8 pixels -> model input: the one path that training, prediction and export share.
 
 image = read_image("photo.jpg", InputSpec())                    # uint8 (C, H, W)
 inputs = to_input(torch.from_numpy(image)[None], InputSpec())   # float32 (1, C, H, W), normalized
@@ -54,7 +54,7 @@ def _named_errors(source):
     except (InputError, MemoryError):
         raise
     except Exception as error:  # decoders raise anything from SyntaxError to struct.error on damaged files
-        name = printable(source) if isinstance(source, str | os.PathLike) else "the picture"
+        name = printable(source) if isinstance(source, str | os.PathLike) else "the image"
         raise InputError(f"can't read {name}: {_reason_of(error)}") from None
 
 

@@ -22,8 +22,8 @@ def calibration(labels: np.ndarray, log_probs: np.ndarray, bins: int = 15) -> di
     """How well probabilities tell what happens. `labels` int64 (N,), `log_probs` float32 (N, classes).
 
     "loss" is the cross-entropy; "ece" the expected calibration error, how far accuracy lies from confidence, as a mean
-    over the pictures, which are put into `bins` equal parts of the range of confidence (Guo et al. 2017,
-    arXiv:1706.04599); "bins" holds count, mean confidence and accuracy of those that have pictures.
+    over the images, which are put into `bins` equal parts of the range of confidence (Guo et al. 2017,
+    arXiv:1706.04599); "bins" holds count, mean confidence and accuracy of those that have images.
     """
     confidence, right = np.exp(log_probs.max(1)), log_probs.argmax(1) == labels
     place = np.minimum((confidence * bins).astype(int), bins - 1)
@@ -48,7 +48,7 @@ def compute_metrics(
 ) -> dict:
     """Plain numbers for metrics.json; fractions, not percent. `labels` int64 (N,), `log_probs` float32 (N, classes).
 
-    Balanced accuracy and macro F1 are means over the classes that have pictures in the split. `uncalibrated` is what
+    Balanced accuracy and macro F1 are means over the classes that have images in the split. `uncalibrated` is what
     `log_probs` would be without the `temperature`. `in_train`, bool (N,), marks images that are also in train: if
     there are any, "without_duplicates" holds count and accuracy of the others.
     """
@@ -96,7 +96,7 @@ def one_class_warning(metrics: dict) -> str | None:
     name = metrics["class_names"][top]
     return (
         f"warning: {100 * predicted[top]:.0f}% of the predictions are {name!r}, which {100 * actual[top]:.0f}% of the "
-        "pictures are; see 'Always one class' in the README"
+        "images are; see 'Always one class' in the README"
     )
 
 
@@ -105,14 +105,14 @@ def format_report(metrics: dict) -> str:
     low, high = metrics["accuracy_interval"]
     width = max(10, *(len(name) for name in metrics["class_names"]))
     lines = [
-        f"Split: {metrics['split']}, {metrics['count']:,} pictures",
+        f"Split: {metrics['split']}, {metrics['count']:,} images",
         f"Accuracy: {100 * metrics['accuracy']:.2f}% (95% interval {100 * low:.2f} to {100 * high:.2f})",
         f"Macro F1: {100 * metrics['macro_f1']:.2f}%   Balanced accuracy: {100 * metrics['balanced_accuracy']:.2f}%   "
         f"Loss: {metrics['loss']:.4f}",
         f"Expected calibration error: {100 * metrics['calibration']['ece']:.2f}%   {_describe_temperature(metrics)}",
         *_describe_duplicates(metrics),
         "",
-        f"{'':{width}}  precision     recall         F1   pictures",
+        f"{'':{width}}  precision     recall         F1   images",
     ]
     for name, row in metrics["per_class"].items():
         shares = "".join(f"{100 * row[key]:10.2f}%" for key in ("precision", "recall", "f1"))
@@ -203,9 +203,9 @@ def plot_history(history: list[dict], path: str | Path, *, title: str) -> None:
 
 
 def plot_confusion_matrix(metrics: dict, path: str | Path) -> None:
-    """Rows are true classes; colour and percent are shares of the row, below them the number of pictures.
+    """Rows are true classes; color and percent are shares of the row, below them the number of images.
 
-    Of more than 30 classes only the colours are drawn.
+    Of more than 30 classes only the colors are drawn.
     """
     matrix, names = np.array(metrics["confusion_matrix"]), metrics["class_names"]
     shares = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
@@ -216,14 +216,14 @@ def plot_confusion_matrix(metrics: dict, path: str | Path) -> None:
     image = axes.imshow(100 * shares, cmap="Blues", vmin=0, vmax=100)
     for row, column in np.ndindex(*matrix.shape) if is_small else ():
         text = f"{100 * shares[row, column]:.0f}%\n{matrix[row, column]:,}"
-        colour = "white" if shares[row, column] > 0.55 else "black"
-        axes.text(column, row, text, ha="center", va="center", color=colour, fontsize=9)
+        color = "white" if shares[row, column] > 0.55 else "black"
+        axes.text(column, row, text, ha="center", va="center", color=color, fontsize=9)
     names = [_plain(name if len(name) <= 24 else name[:23] + "…") for name in names]
     places = range(0, len(names), -(-len(names) // 60))
     axes.set_xticks(places, names[:: places.step], rotation=45, ha="right")
     axes.set_yticks(places, names[:: places.step])
     name = f"{metrics['arch']}, " if "arch" in metrics else ""
-    accuracy = f"accuracy {100 * metrics['accuracy']:.1f}% on {metrics['count']:,} pictures"
+    accuracy = f"accuracy {100 * metrics['accuracy']:.1f}% on {metrics['count']:,} images"
     title = f"{name}{_plain(metrics['split'])}: {accuracy}"
     axes.set(xlabel="Predicted", ylabel="True", title=title)
     figure.colorbar(image, label="% of the true class", shrink=0.8)
@@ -231,11 +231,11 @@ def plot_confusion_matrix(metrics: dict, path: str | Path) -> None:
 
 
 def plot_reliability(metrics: dict, path: str | Path) -> None:
-    """Accuracy over confidence, with the temperature and without it; on the diagonal confidence means what it says."""
+    """Accuracy over confidence, with the temperature and without it; on the diagonal confidence is accuracy."""
     figure = _figure(6, 6.6)
     axes, counts = figure.subplots(2, 1, height_ratios=(4, 1), sharex=True)
     axes.plot([0, 100], [0, 100], color="gray", linestyle=":", label="perfectly calibrated")
-    for key, colour, name in (
+    for key, color, name in (
         ("uncalibrated", "tab:orange", "without temperature"),
         ("calibration", "tab:blue", f"temperature {metrics['temperature']:.2f}"),
     ):
@@ -244,11 +244,11 @@ def plot_reliability(metrics: dict, path: str | Path) -> None:
         rows = metrics[key]["bins"]
         confidence, accuracy = ([100 * row[column] for row in rows] for column in ("confidence", "accuracy"))
         label = f"{name}: ECE {100 * metrics[key]['ece']:.1f}%"
-        axes.plot(confidence, accuracy, color=colour, marker="o", label=label)
-        counts.plot(confidence, [row["count"] for row in rows], color=colour, marker="o")
+        axes.plot(confidence, accuracy, color=color, marker="o", label=label)
+        counts.plot(confidence, [row["count"] for row in rows], color=color, marker="o")
     name = f"{metrics['arch']}, " if "arch" in metrics else ""
     axes.set(ylabel="Accuracy (%)", title=f"{name}{_plain(metrics['split'])}: reliability", ylim=(-3, 103))
-    counts.set(xlabel="Confidence (%)", ylabel="Pictures", ylim=(0, None))
+    counts.set(xlabel="Confidence (%)", ylabel="Images", ylim=(0, None))
     axes.grid(alpha=0.3)
     counts.grid(alpha=0.3)
     axes.legend()
@@ -272,32 +272,32 @@ def plot_timeline(points: list[tuple], class_names: list[str], path: str | Path,
 
 
 def plot_samples(samples: list[tuple[np.ndarray, str, str, float]], path: str | Path, *, title: str) -> None:
-    """A grid of (picture uint8 (H, W) or (H, W, 3), true class or "", predicted class, confidence in percent)."""
+    """A grid of (image uint8 (H, W) or (H, W, 3), true class or "", predicted class, confidence in percent)."""
     columns = min(5, len(samples))
     rows = -(-len(samples) // columns)
     figure = _figure(2.1 * columns, 2.45 * rows + 0.5)
     figure.suptitle(_plain(title))
-    for axes, (picture, true, predicted, confidence) in zip(
+    for axes, (image, true, predicted, confidence) in zip(
         figure.subplots(rows, columns, squeeze=False).flat, samples, strict=False
     ):
-        axes.imshow(picture, cmap="gray", vmin=0, vmax=255)
-        colour = "black" if not true else "tab:green" if true == predicted else "tab:red"
+        axes.imshow(image, cmap="gray", vmin=0, vmax=255)
+        color = "black" if not true else "tab:green" if true == predicted else "tab:red"
         text = f"{predicted} {confidence:.0f}%" + (f"\ntrue: {true}" if true else "")
-        axes.set_title(_plain(text), color=colour, fontsize=9)
+        axes.set_title(_plain(text), color=color, fontsize=9)
     for axes in figure.axes:
         axes.axis("off")
     figure.savefig(path, format="png")
 
 
 def plot_rows(rows: list[list[tuple[np.ndarray, str]]], path: str | Path, *, title: str) -> None:
-    """Rows of (picture uint8 (H, W), text above it); where there is none, a line says so."""
+    """Rows of (image uint8 (H, W), text above it); without rows, the title tells."""
     columns = max(map(len, rows), default=4)
     figure = _figure(1.5 * columns, 1.75 * max(1, len(rows)) + 0.5)
     figure.suptitle(_plain(title if rows else f"{title}: none"))
     grid = figure.subplots(max(1, len(rows)), columns, squeeze=False)
     for axes, row in zip(grid, rows, strict=False):
-        for place, (picture, text) in zip(axes, row, strict=False):
-            place.imshow(picture, cmap="gray", vmin=0, vmax=255)
+        for place, (image, text) in zip(axes, row, strict=False):
+            place.imshow(image, cmap="gray", vmin=0, vmax=255)
             place.set_title(_plain(text), fontsize=7)
     for axes in figure.axes:
         axes.axis("off")

@@ -169,7 +169,7 @@ def load_splits(
     else:
         train_rows, val_rows = split_train_val(train.labels, train.digests, val_fraction, seed)
     if len(val_rows) == 0 or len(train_rows) < 2:
-        raise InputError(f"{len(train)} pictures in {train.folder} are too few to train and validate on")
+        raise InputError(f"{len(train)} images in {train.folder} are too few to train and validate on")
     is_sample = is_sample_set(train.paths)
     return Splits(
         train=Batches(train, train_rows, device),
@@ -222,7 +222,7 @@ def load_split(
     if is_share:
         train_rows, val_rows = split_train_val(data.labels, data.digests, val_fraction, seed)
         if len(val_rows) == 0:
-            raise InputError(f"{len(data)} pictures in {data.folder} are too few for a validation share")
+            raise InputError(f"{len(data)} images in {data.folder} are too few for a validation share")
         rows = val_rows if split == "val" else train_rows
     elif split != "train" and "train" in folders:
         try:
@@ -230,7 +230,7 @@ def load_split(
             in_train = find_duplicates(train, data)
             data.notes += warn_of_duplicates(data, in_train, train)
         except InputError as error:  # about train/, which is not what is measured
-            data.notes.append(f"duplicates of training pictures were not looked for: {error}")
+            data.notes.append(f"duplicates of training images were not looked for: {error}")
     return data, rows, split if folders else printable(Path(data_dir).resolve().name), in_train
 
 
@@ -265,7 +265,7 @@ def warn_of_drawings(part: FolderImages) -> list[str]:
     if count == 0:
         return []
     return [
-        f"warning: {count:,} of {len(part):,} pictures in {printable(part.folder)} are drawings of the sample set "
+        f"warning: {count:,} of {len(part):,} images in {printable(part.folder)} are drawings of the sample set "
         f"({SAMPLE_PREFIX}*); move them elsewhere, or your own into a folder of their own"
     ]
 
@@ -274,4 +274,4 @@ def warn_of_duplicates(part: FolderImages, duplicates: np.ndarray, other: Folder
     if not duplicates.any():
         return []
     name, other_name = printable(part.folder.name), printable(other.folder.name)
-    return [f"warning: {duplicates.sum():,} of {len(part):,} pictures in {name}/ are also in {other_name}/"]
+    return [f"warning: {duplicates.sum():,} of {len(part):,} images in {name}/ are also in {other_name}/"]

@@ -94,8 +94,8 @@ def add_training_flags(parser: ArgumentParser) -> None:
     add("--schedule", choices=SCHEDULES, help="of the learning rate")
     add("--class-weights", choices=CLASS_WEIGHTS, help="weigh rare classes more in the loss")
     add("--label-smoothing", type=SHARE, help="share of the target spread over all classes")
-    add("--mixup", type=number(float, 0), metavar="ALPHA", help="blend pairs of images and labels, 0.2 say; 0 is off")
-    add("--ema", type=SHARE, metavar="DECAY", help="average the weights, 0.999 say; 0 is off")
+    add("--mixup", type=number(float, 0), metavar="ALPHA", help="blend pairs of images, such as 0.2; 0 is off")
+    add("--ema", type=SHARE, metavar="DECAY", help="average the weights, such as 0.999; 0 is off")
 
     add = parser.add_argument_group("training").add_argument
     add("--teacher", nargs="+", action="extend", metavar="PATH", help="checkpoints to learn from, too")
@@ -133,7 +133,7 @@ def parse_settings(argv: list[str] | None) -> tuple[Settings, dict | None]:
 def main(argv: list[str] | None = None) -> None:
     settings, checkpoint = parse_settings(argv)
     group, device = distributed.init(pick_device(settings.device))
-    say = partial(print, flush=True) if group.is_main else lambda *_: None
+    show = partial(print, flush=True) if group.is_main else lambda *_: None
     output_dir = make_output_dir(settings.output_dir)
     seed_torch(settings)
 
@@ -146,7 +146,7 @@ def main(argv: list[str] | None = None) -> None:
     progress = resume.restore(checkpoint, settings.resume, step, fingerprint) if checkpoint else resume.Progress()
     if checkpoint and group.is_main:
         resume.copy_run(settings.resume, output_dir)
-    say(describe(settings, splits, step, progress))
+    show(describe(settings, splits, step, progress))
 
     with resume_hint(output_dir, progress, group), tensorboard_log(settings.tensorboard, group) as log:
         for epoch in range(progress.epoch + 1, settings.epochs + 1):
@@ -170,7 +170,7 @@ def main(argv: list[str] | None = None) -> None:
             if group.is_main:
                 resume.save(output_dir, step, progress, settings.to_config(), fingerprint, is_best=is_best)
             progress.epoch = epoch
-            say(format_row(row, title, is_best))
+            show(format_row(row, title, is_best))
             log(row)
 
         if group.is_main:  # the report: the best epoch, calibrated on validation, measured once on test

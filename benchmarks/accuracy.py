@@ -1,4 +1,4 @@
-"""How accurate is every network? Trains each on FER2013, by its recipe unless told otherwise; prints a row for each.
+"""How accurate is every arch? Trains each on FER2013, by its recipe by default, and prints a row.
 
     python -m benchmarks.accuracy --data-dir fer2013 --output-dir results                    # every arch, many hours
     python -m benchmarks.accuracy --data-dir fer2013 --output-dir results --arch cnn4_bn --seeds 3
@@ -45,7 +45,7 @@ def measure(path: Path, data_dir: str) -> dict:
 def format_row(arch: str, runs: list[tuple[dict, list[dict]]], path: Path, training: str) -> str:
     """A row of the table from (metrics, history) of each seed; with several seeds mean and standard deviation.
 
-    The interval is that of the mean accuracy on so many images.
+    The interval is that of the mean accuracy.
     """
 
     def cell(values: list[float]) -> str:

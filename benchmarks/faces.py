@@ -19,7 +19,7 @@ from PIL import Image
 from benchmarks import REPO, check_inputs
 from benchmarks.prediction_speed import median_ms
 from console import ArgumentParser, number, run_script
-from data import walk_pictures
+from data import walk_images
 from errors import InputError
 from faces.detector import crop_face, find_faces
 from inference import BUNDLED, load_model, predict_image
@@ -29,7 +29,7 @@ PHOTO = REPO / "examples" / "astronaut.jpg"
 
 
 def describe_framing(folder: Path, count: int, yunet: str | None) -> str:
-    paths = [entry.path for entry in walk_pictures(folder)]
+    paths = [entry.path for entry in walk_images(folder)]
     chosen = np.random.default_rng(0).permutation(len(paths))[:count]
     ratios = []  # of an image's side to the longer side of the face found in it
     for index in chosen:

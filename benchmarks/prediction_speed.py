@@ -29,7 +29,7 @@ from PIL import Image
 from benchmarks import REPO, check_inputs
 from checkpoints import make_checkpoint, save_checkpoint
 from console import ArgumentParser, number, run_script
-from data import walk_pictures
+from data import walk_images
 from errors import InputError
 from inference import load_model, predict_image, predict_probs
 from models import create_model, last_layer
@@ -66,7 +66,7 @@ def time_python_calls(checkpoint: str, jpeg: str) -> tuple[float, float]:
 
 def fill_folder(folder: Path, source: Path, count: int) -> list[str]:
     """Copies of the images below `source`, again from the first if they are too few."""
-    found = [Path(entry.path) for entry in walk_pictures(source)]
+    found = [Path(entry.path) for entry in walk_images(source)]
     paths = []
     for row, path in zip(range(count), itertools.cycle(found), strict=False):
         paths.append(str(folder / f"{row:05d}{path.suffix}"))

@@ -9,7 +9,7 @@ that share the same batch (gloo between them); the share of the step that the ex
 the step is faster without it; and the bytes that a process sends a step, by a ring: 2 (n - 1) / n of the gradients.
 
 Estimated, for n GPUs: step = step-ms / n * batch / batch of the recipe + overhead-ms + bytes / bandwidth, the exchange
-not hidden behind the backward pass. It says where more GPUs stop paying, and the flags to go on with from there.
+not hidden behind the backward pass. It prints where more GPUs stop paying off, and the flags to go on with from there.
 """
 
 import argparse
@@ -70,7 +70,7 @@ def measure(arch: str, batch_size: int, steps: int) -> dict[str, float]:
 
 
 def start(processes: int, args: argparse.Namespace) -> dict[str, float]:
-    """`measure` in so many processes of one thread each; the figures of the first."""
+    """`measure` in `count` processes of one thread each; the figures of the first."""
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder) / "result.json"
         words = ["--arch", args.arch, "--batch-size", str(args.batch_size), "--steps", str(args.steps)]

@@ -103,7 +103,7 @@ def main() -> None:
     args = parser.parse_args()
     for count in args.counts:
         if count < TRAIN < count * args.seeds:
-            raise InputError(f"--counts {count}: {args.seeds} times so many are more than {TRAIN:,}; lower --seeds")
+            raise InputError(f"--counts {count}: {args.seeds} times as many are more than {TRAIN:,}; lower --seeds")
     recipes = [SYSTEM, args.arch] if args.recipes is None else args.recipes
     folders = check_inputs(args.data_dir, args.arch, *recipes, splits=("train", "val"))
     output_dir = make_output_dir(args.output_dir)

@@ -96,7 +96,7 @@ def run_baseline(settings: Settings, workers: int) -> Iterator[tuple[float, floa
 
 
 def until_goals(epochs: Iterable[tuple[float, float]], minutes: float) -> list[tuple[float, float]]:
-    """The epochs until the last goal is passed, or so many minutes are."""
+    """The epochs until the last goal is passed, or the minutes are over."""
     done = []
     for row in epochs:
         done.append(row)

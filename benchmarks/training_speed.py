@@ -58,7 +58,7 @@ def check_count(count: int, settings: Settings) -> None:
         raise InputError(f"{count} images fill no batch of {settings.batch_size}; pass a smaller --batch-size")
 
 
-# Three ways to train: each is made ready, and returns a function that trains so many steps and returns the seconds
+# Three ways to train: each is made ready, and returns a function that trains a number of steps and returns the seconds
 
 
 def make_baseline(settings: Settings, workers: int, device: torch.device):

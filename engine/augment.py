@@ -19,7 +19,7 @@ class Strengths:
     """How strong each augmentation is; all zero (crop, window: 1) changes nothing."""
 
     flip: float = 0.0  # probability of mirroring
-    rotation: float = 0.0  # up to so many degrees, either way
+    rotation: float = 0.0  # in degrees, up to this, either way
     translate: float = 0.0  # up to this share of the side, in x and y
     scale: float = 0.0  # zoom by a factor from 1 - scale to 1 + scale
     crop: float = 1.0  # random resized crop: the least share of the area that stays

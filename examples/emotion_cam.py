@@ -135,7 +135,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--min-face", type=number(int, 1), default=60, metavar="PIXELS", help="the smallest face")
     add("--yunet", metavar="FILE", help="YuNet's .onnx file, to find faces with instead of OpenCV's cascade")
     add("--headless", metavar="FILE", help="write to this .mp4 file instead of showing a window")
-    add("--seconds", type=float, default=float("inf"), help="stop after so many (default: never)")
+    add("--seconds", type=float, default=float("inf"), help="stop after this time (default: never)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     args = parser.parse_args(argv)
     if not args.seconds > 0:

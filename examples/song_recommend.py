@@ -4,7 +4,7 @@
     python -m examples.song_recommend --source photo.jpg --service spotify
     python -m examples.song_recommend --source clip.mp4 --no-browser
 
-Songs stand in examples/songs.toml, a list for every emotion; edit it, or name your own with --songs. Images never
+Songs are listed in examples/songs.toml, a list for every emotion; edit it, or name your own with --songs. Images never
 leave your machine: all that is sent is the search for the song, by your browser.
 """
 
@@ -67,7 +67,7 @@ def dominant_emotion(seen, class_names: list[str]) -> tuple[str, float]:
 
 
 def see(model, class_names: list[str], source: str, seconds: float):
-    """What faces.camera.watch yields, of a camera for so many seconds, of a clip, or of one image.
+    """What faces.camera.watch yields, of a camera for some seconds, of a clip, or of one image.
 
     An image of at most 100 pixels is taken for the crop of a face, as predict_emotion.py does.
     """

@@ -15,7 +15,7 @@ import threading
 from pathlib import Path
 
 from console import ArgumentParser, number, run_script
-from data import walk_pictures
+from data import walk_images
 from errors import InputError, printable
 from faces.detector import Face, opencv_problem
 from faces.overlay import draw_faces
@@ -79,7 +79,7 @@ def build_page(gr, model, path: str):
             with gr.Column():
                 photo = gr.Image(sources=["upload", "webcam", "clipboard"], label="Photo", height=400)
                 photo.preprocess = lambda file: file and file.path  # so that we read it, as everywhere else
-                drawings = [entry.path for folder in sorted(DRAWINGS.glob("*/")) for entry in walk_pictures(folder)[:1]]
+                drawings = [entry.path for folder in sorted(DRAWINGS.glob("*/")) for entry in walk_images(folder)[:1]]
                 examples = [path for path in [str(PHOTO), *drawings] if os.path.isfile(path)]
                 gr.Examples(examples, photo, examples_per_page=8)
             with gr.Column():

@@ -29,7 +29,7 @@ def is_video(path) -> bool:
 
 
 class Video:
-    """A video file. `fps` frames a second, `size` (width, height), `count` frames as the file says, 0 if it doesn't.
+    """A video file. `fps` frames a second, `size` (width, height), `count` frames as the file has it, or 0.
 
     Iterating, once, yields (number, seconds, pixels) of each frame, upright. The seconds are those of the file, also
     if its frames are not evenly spaced. Raises InputError if it can't be opened.

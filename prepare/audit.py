@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from data import find_classes, find_splits, walk_pictures
+from data import find_classes, find_splits, walk_images
 from errors import InputError, printable
 from models import InputSpec
 from preprocessing import READABLE, in_chunks, read_image
@@ -41,7 +41,7 @@ def list_files(folder: str | Path) -> tuple[list[File], dict[str, dict[str, int]
     for split, place in (find_splits(folder) or {Path(folder).resolve().name: Path(folder)}).items():
         counts[split] = {}
         for class_name in find_classes(place):
-            own = [File(entry.path, split, class_name) for entry in walk_pictures(place / class_name)]
+            own = [File(entry.path, split, class_name) for entry in walk_images(place / class_name)]
             counts[split][class_name] = len(own)
             files += own
     if not files:
@@ -73,7 +73,7 @@ def hash_images(gray: np.ndarray) -> np.ndarray:
 
 
 def find_near_pairs(gray: np.ndarray) -> Iterator[tuple[int, int]]:
-    """Positions (i, j), i < j, of images uint8 (N, SIDE, SIDE) that are the same but for small changes.
+    """Positions (i, j), i < j, of images uint8 (N, SIDE, SIDE) that are the same except for small changes.
 
     Images whose hashes differ in few bits are compared pixel by pixel: by correlation, which brightness and contrast
     leave alone. All pairs of hashes are compared, N * N / 2 of them.

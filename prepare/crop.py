@@ -7,7 +7,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from data import walk_pictures
+from data import walk_images
 from errors import InputError, printable
 from inference import crop_largest_face, find_faces
 
@@ -18,7 +18,7 @@ def crop_photos(source: Path, folder: Path, min_size: int | None = None) -> tupl
     Returns (number of faces, number of photos). Photos without a face or that can't be read are named on standard
     error and left out. Raises InputError if no face is left or OpenCV is missing, and OSError.
     """
-    photos, kept = [Path(entry.path) for entry in walk_pictures(source)], []
+    photos, kept = [Path(entry.path) for entry in walk_images(source)], []
     if not photos:
         raise InputError(f"{source} holds no images; name the folder of your photos")
     find_faces(np.zeros((32, 32), np.uint8))  # so that a missing OpenCV shows once, and first

@@ -4,7 +4,7 @@
     draw_sample_set("sample")          # writes sample/train/<class>/*.png and sample/test/<class>/*.png
 
 A face is drawn from two independent descriptions: an `Expression`, which the class decides (brows, lids, nose, mouth),
-and a `Look`, which says nothing about the class (head, pose, hair, glasses, light, noise). The tables after each hold
+and a `Look`, which is independent of the class (head, pose, hair, glasses, light, noise). The tables after each hold
 the ranges that they are drawn from.
 
 Face coordinates: the origin is the middle of the head, x to the right, y down, and 1 is half the width of the head.
@@ -18,7 +18,7 @@ from PIL import Image, ImageDraw, ImageFilter
 
 from data import SAMPLE_PREFIX
 
-IMAGE_SIZE = 48  # pixels, the size of FER2013's pictures
+IMAGE_SIZE = 48  # pixels, the size of FER2013's images
 SUPERSAMPLE = 4  # drawn four times as large, then reduced: ImageDraw doesn't smooth edges
 
 EYE_X, EYE_Y, EYE_HALF_WIDTH = 0.43, -0.12, 0.27  # where the features sit on the face
@@ -56,8 +56,8 @@ class Expression:
 
 @dataclass
 class Look:
-    """Everything about a picture that says nothing about the expression. Shades are 0 (black) to 255 (white); shifts,
-    size, widths and blur are in pixels of the finished picture, angles in degrees, the rest in face coordinates."""
+    """Everything in an image that is independent of the expression. Shades are 0 (black) to 255 (white); shifts,
+    size, widths and blur are in pixels of the finished image, angles in degrees, the rest in face coordinates."""
 
     shift_x: float  # of the head from the middle of the frame
     shift_y: float
@@ -156,7 +156,7 @@ LOOKS: Ranges = dict(
 # fmt: on
 PEN_ON_PAPER: Ranges = dict(skin=(115, 235), ink=(0, 40))
 CHALK_ON_SLATE: Ranges = dict(skin=(35, 95), ink=(180, 235))
-CHALK_SHARE = 0.2  # of the pictures; with both, no brightness at a fixed place tells an emotion
+CHALK_SHARE = 0.2  # of the images; with both, no brightness at a fixed place tells an emotion
 
 
 def _draw_from(ranges: Ranges, rng: np.random.Generator) -> dict[str, float | str]:
@@ -167,7 +167,7 @@ def _draw_from(ranges: Ranges, rng: np.random.Generator) -> dict[str, float | st
 
 
 class _Pen:
-    """Draws curves given in face coordinates onto a picture, in the pose of a look."""
+    """Draws curves given in face coordinates onto an image, in the pose of a look."""
 
     def __init__(self, image: Image.Image, look: Look):
         self.draw = ImageDraw.Draw(image)
@@ -191,7 +191,7 @@ class _Pen:
         self.draw.polygon(self.to_pixels(x, y, flat), fill=round(shade))
 
     def line(self, x, y, shade: float, width: float, flat: bool = False) -> None:
-        """A line with round ends; width in pixels of the finished picture."""
+        """A line with round ends; width in pixels of the finished image."""
         pixels = self.to_pixels(x, y, flat)
         width = round(width * SUPERSAMPLE)
         self.draw.line(pixels, fill=round(shade), width=width, joint="curve")
@@ -380,8 +380,8 @@ def draw_sample_set(
 ) -> None:
     """Write `output_dir`/train and /test in ImageFolder form: a folder of 48x48 8-bit gray PNG files per emotion.
 
-    Every picture has a random stream of its own, made of (seed, split, class, number): the same seed gives the same
-    pixels, and asking for more pictures doesn't change the others. Missing folders are created. Raises FileExistsError,
+    Every image has a random stream of its own, made of (seed, split, class, number): the same seed gives the same
+    pixels, and asking for more images doesn't change the others. Missing folders are created. Raises FileExistsError,
     before anything is written, if train/ or test/ already holds a file.
     """
     counts = {"train": train_per_class, "test": test_per_class}

@@ -20,7 +20,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from data import find_splits, walk_pictures
+from data import find_splits, walk_images
 from errors import InputError, printable, reason_of
 
 CSV_CLASSES = {"0": "angry", "1": "disgust", "2": "fear", "3": "happy", "4": "sad", "5": "surprise", "6": "neutral"}
@@ -82,7 +82,7 @@ def find_set(source: Path, temporary: Path) -> tuple[Path, Path | None, dict[Pat
             raise InputError(f"{source} is no folder, .csv, .zip, .tar or .tar.gz; {BY_HAND}")
         unpack(source, temporary)
         root = temporary
-    found = [Path(entry.path) for entry in walk_pictures(root) if entry.is_file()]
+    found = [Path(entry.path) for entry in walk_images(root) if entry.is_file()]
     folders = {path.parents[2] for path in found if len(path.parts) > len(root.parts) + 2}
     splits = {place: split for folder in sorted(folders) for split, place in find_splits(folder).items()}
     images = {path: splits[path.parent.parent] for path in found if path.parent.parent in splits}

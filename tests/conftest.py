@@ -1,4 +1,4 @@
-"""What several test files share. Tests draw their own pictures, and none touches the user's cache."""
+"""What several test files share. Tests draw their own images, and none touches the user's cache."""
 
 import contextlib
 import io
@@ -18,7 +18,7 @@ import pytest
 from PIL import Image
 
 PORTRAIT = Path(__file__).resolve().parent.parent / "examples" / "astronaut.jpg"
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run side by side, and threads would stand in each other's way
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run side by side, and threads would slow each other down
 
 
 @pytest.fixture(autouse=True)
@@ -56,8 +56,8 @@ def free_port():
             return port
 
 
-def draw_picture(seed, size=48, mode="L"):
-    """A PIL picture of coarse noise, another for every seed; colour really differs by channel."""
+def draw_image(seed, size=48, mode="L"):
+    """A PIL image of coarse noise, another for every seed; color really differs by channel."""
     rng, side = np.random.default_rng(seed), max(2, size // 4)
     image = Image.fromarray(rng.integers(0, 256, (side, side, 3), dtype=np.uint8))
     return image.convert(mode).resize((size, size), Image.Resampling.NEAREST)
@@ -148,13 +148,13 @@ def interrupt(main, args, function, call=1):
 
 
 def draw_folder(root, counts, size=48, mode="L", ending=".png"):
-    """Draws {class name: count} distinct pictures into class folders under `root`; returns `root` as a Path."""
+    """Draws {class name: count} distinct images into class folders under `root`; returns `root` as a Path."""
     root = Path(root)
     for class_name, count in counts.items():
         (root / class_name).mkdir(parents=True, exist_ok=True)
         for number in range(count):
             seed = [zlib.crc32(f"{root.name}/{class_name}".encode()), number]  # train/ and test/ differ
-            draw_picture(seed, size, mode).save(root / class_name / f"{class_name}_{number:03}{ending}")
+            draw_image(seed, size, mode).save(root / class_name / f"{class_name}_{number:03}{ending}")
     return root
 
 

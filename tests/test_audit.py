@@ -5,7 +5,7 @@ import shutil
 
 import numpy as np
 import pytest
-from conftest import draw_folder, draw_picture
+from conftest import draw_folder, draw_image
 from PIL import Image, ImageEnhance
 
 import prepare_data
@@ -64,8 +64,8 @@ def test_worst_groups_come_first(folder):
 
 @pytest.mark.parametrize("count", [1, 2, 700])
 def test_other_images_are_not_near(count):
-    """Noise of all kinds; and a flat gradient beside its mirror image."""
-    images = [np.asarray(draw_picture(seed, 32)) for seed in range(count)]
+    """Noise of all kinds; and a flat gradient next to its mirror image."""
+    images = [np.asarray(draw_image(seed, 32)) for seed in range(count)]
     assert list(find_near_pairs(np.stack(images))) == []
     ramp = np.tile(np.arange(32, dtype=np.uint8) * 8, (32, 1))
     assert list(find_near_pairs(np.stack([ramp, ramp[:, ::-1]]))) == []
@@ -131,8 +131,8 @@ def test_images_of_which_none_can_be_read(tmp_path, run):
 
 def test_a_chain_is_one_group_but_leaks_are_pairs(folder):
     """a is near b, and b near c, but a is not near c: of a chain, only what is near a training image leaks."""
-    base = np.asarray(draw_picture(500, 96).convert("L")).astype(float)
-    other = np.asarray(draw_picture(501, 96).convert("L")).astype(float)
+    base = np.asarray(draw_image(500, 96).convert("L")).astype(float)
+    other = np.asarray(draw_image(501, 96).convert("L")).astype(float)
     shares = {"train": 0.0, "Valid": 0.09, "test": 0.17}
     for split, share in shares.items():
         (folder / split / "happy").mkdir(parents=True, exist_ok=True)

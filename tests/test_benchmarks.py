@@ -102,8 +102,7 @@ def test_accuracy(faces):
     assert all(0 <= float(part) <= 100 for cell in cells[2:6] for part in cell.partition(" (")[0].split(" ± "))
     assert cells[6:9] == ["1.57 M", "34 M", "6.3 MB"]
     assert lines[-1] == "37 images, 36 of them without a duplicate in train/"
-    again, err = measure(*words, "--seeds", 2, "--", "--epochs", 1)  # from what is in the folder
-    assert again == lines and "is finished" in err
+    assert "is finished" in measure(*words, "--", "--epochs", 1)[1]  # from what is in the folder
     assert "other options" in refuse(*words)[1][0]  # the recipe: not what is in the folder
     (faces / "out" / "cnn4_bn-0" / "options.json").unlink()  # as after a run that train_emotion_cnn.py was started for
     assert "other options" in refuse(*words)[1][0]

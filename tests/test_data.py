@@ -11,11 +11,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import draw_folder, draw_picture, refusal, run_as_user
+from conftest import draw_folder, draw_image, refusal, run_as_user
 from PIL import Image
 
 import data
-from data import FolderImages, default_cache_dir, find_classes, find_splits, is_sample_set, walk_pictures
+from data import FolderImages, default_cache_dir, find_classes, find_splits, is_sample_set, walk_images
 from models import InputSpec
 from preprocessing import read_image
 
@@ -70,10 +70,10 @@ def test_walk_finds_nested_and_linked_images_and_leaves_out_the_hidden(tmp_path)
     hidden = [".h.png", "__MACOSX/d.png", ".t/e.png", "n.txt"]
     for path in [*(root / name for name in shown + hidden), outside / "g.png"]:
         path.parent.mkdir(parents=True, exist_ok=True)
-        draw_picture(1, 8).save(path, "PNG")
+        draw_image(1, 8).save(path, "PNG")
     for name, target in (("linked", outside), ("loop", root), ("single.png", outside / "g.png"), ("round", "round")):
         (root / name).symlink_to(target)
-    found = [os.path.relpath(entry.path, root) for entry in walk_pictures(root)]
+    found = [os.path.relpath(entry.path, root) for entry in walk_images(root)]
     assert found == sorted([*shown, "linked/g.png", "single.png"])
     (root / "round.png").symlink_to("round.png")
     images = FolderImages(root.parent, GRAY)
@@ -117,7 +117,7 @@ def test_pixels_are_those_of_read_image(spec, modes, tmp_path):
     for number in range(12):
         folder, mode = root / ("happy", "sad")[number % 2] / ("deep" if number % 3 else ""), modes[number % len(modes)]
         folder.mkdir(parents=True, exist_ok=True)
-        image = draw_picture(number, 31, "L" if mode == "I;16" else mode)
+        image = draw_image(number, 31, "L" if mode == "I;16" else mode)
         if mode == "I;16":
             image = Image.fromarray(np.asarray(image).astype(np.uint16) * 257)
         image.save(folder / f"{number}.png")
@@ -134,7 +134,7 @@ def test_pixels_are_those_of_read_image(spec, modes, tmp_path):
 def test_more_images_than_a_chunk_stay_in_order(tmp_path, monkeypatch):
     monkeypatch.setattr(data, "_CHUNK_BYTES", 2 * 16 * 16)
     root = draw_folder(tmp_path / "train", {"happy": 20, "sad": 18}, 16)
-    draw_picture(1, 16, "RGB").save(root / "sad" / "sad_010.png")  # color turns up late
+    draw_image(1, 16, "RGB").save(root / "sad" / "sad_010.png")  # color turns up late
     (root / "happy" / "happy_007.png").write_bytes(b"broken")
     images = FolderImages(root, COLOR)
     assert len(images) == 37 and images.images.shape[1] == 3
@@ -223,7 +223,7 @@ def test_a_changed_folder_is_read_anew_and_its_old_cache_removed(change, root, o
     old, pixels = cache_files(own_cache), np.array(first.images)
     path = root / "sad" / "sad_000.png"
     if change in ("content", "added"):
-        draw_picture(99, 24).save(path if change == "content" else root / "sad" / "new.png")
+        draw_image(99, 24).save(path if change == "content" else root / "sad" / "new.png")
     if change in ("content", "touched"):
         os.utime(path, ns=(1, 1))
     elif change == "removed":
@@ -237,13 +237,13 @@ def test_a_changed_folder_is_read_anew_and_its_old_cache_removed(change, root, o
 
 def test_every_folder_and_spec_has_a_cache_of_its_own(tmp_path, own_cache):
     one, two = (draw_folder(tmp_path / name / "train", {"happy": 2}, 24, ending=".bmp") for name in ("one", "two"))
-    draw_picture(99, 24).save(two / "happy" / "happy_000.bmp")
+    draw_image(99, 24).save(two / "happy" / "happy_000.bmp")
     for path in tmp_path.rglob("*.bmp"):
         os.utime(path, ns=(5, 5))  # names, sizes and times are equal
     for folder, spec in ((one, GRAY), (two, GRAY), (one, COLOR), (one, InputSpec(image_size=16))):
         assert_like_read_image(FolderImages(folder, spec), spec)
     assert len(cache_files(own_cache)) == 8
-    draw_picture(99, 24).save(one / "happy" / "new.png")
+    draw_image(99, 24).save(one / "happy" / "new.png")
     for spec in (GRAY, InputSpec(24, 1, (0.1,), (2.0,)), GRAY3):  # normalization is not decoding
         FolderImages(one, spec)
     assert len(cache_files(own_cache)) == 8
@@ -354,7 +354,7 @@ def test_a_run_that_is_killed_half_way_leaves_no_cache(tmp_path, own_cache):
     other.write_text("of somebody else")
     for path in (rest, other):
         os.utime(path, (yesterday, yesterday))
-    draw_picture(99, 24).save(root / "happy" / "new.png")
+    draw_image(99, 24).save(root / "happy" / "new.png")
     FolderImages(root, GRAY)
     assert rest not in cache_files(own_cache) and other in cache_files(own_cache)
 

@@ -1,4 +1,4 @@
-"""export_emotion.py and export/: every format gives the model's probabilities, also where there is no such project."""
+"""export_emotion.py and export/: every format gives the model's probabilities, also without this project."""
 
 import contextlib
 import io
@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import PORTRAIT, draw_folder, draw_picture
+from conftest import PORTRAIT, draw_folder, draw_image
 from PIL import Image
 from torch import nn
 
@@ -103,7 +103,7 @@ def test_every_format_is_written_and_compared(folder):
 def test_exported_file_is_used_like_a_checkpoint(run, folder, file, tmp_path):
     exported, names = load_model(folder / file, trust=True)
     assert names == NAMES
-    assert_same_predictions(load_model(folder / "model.pth")[0], exported, [draw_picture(seed) for seed in range(5)])
+    assert_same_predictions(load_model(folder / "model.pth")[0], exported, [draw_image(seed) for seed in range(5)])
     rows, reports = [], []
     for name in ("model.pth", file):
         words = ("--checkpoint", folder / name, *["--trust"] * name.endswith((".pt", ".pt2")))
@@ -153,7 +153,7 @@ THEN = """
 def test_exported_file_runs_without_this_project(folder, name):
     """uint8 images in, probabilities out, for one, two and seven at a time."""
     model, _ = load_model(folder / "model.pth")
-    images = np.stack([read_image(draw_picture(seed), model.info.input_spec) for seed in range(7)])
+    images = np.stack([read_image(draw_image(seed), model.info.input_spec) for seed in range(7)])
     np.save(folder / "images.npy", images)
     code = "import json, numpy\n" + textwrap.dedent(BARE[name]) + textwrap.dedent(THEN)
     command = [sys.executable, "-I", "-W", "ignore", "-c", code]
@@ -175,7 +175,7 @@ def test_other_networks(run, folder, tmp_path, arch, options):
     code, out, err = run(export_emotion, *words, "--formats", "onnx,torchscript,safetensors")
     assert code == 0, err
     models = [load_model(tmp_path / name)[0] for name in ("model.pth", "emotion_model.onnx")]
-    assert_same_predictions(*models, [PORTRAIT, draw_picture(1, mode="RGB")])
+    assert_same_predictions(*models, [PORTRAIT, draw_image(1, mode="RGB")])
     reports = []
     for name in ("model.pth", "emotion_model.onnx"):
         code, out, err = run(evaluate_emotion, "--data-dir", folder / "data", "--checkpoint", tmp_path / name)
@@ -210,7 +210,7 @@ def test_files_of_version_1_are_read_and_exported_anew(run, tmp_path):
     save_file({key: value.contiguous() for key, value in old.items()}, tmp_path / "v1.safetensors")
     (tmp_path / "config.json").write_text(json.dumps(info))
     write_torchscript(Deployed(model), info, tmp_path / "v1.pt")
-    images = [draw_picture(seed) for seed in range(3)]
+    images = [draw_image(seed) for seed in range(3)]
     for name in ("v1.pth", "v1.safetensors", "v1.pt"):
         assert_same_predictions(model, load_model(tmp_path / name, trust=True)[0], images)
     for name in ("v1.pth", "v1.safetensors"):
@@ -350,7 +350,7 @@ def test_int8_is_smaller_and_measured(run, refusal, tmp_path):
     model, names = load_model(REPO / "weights" / "emotion_model.pth")
     int8, _ = load_model(tmp_path / "emotion_model.int8.onnx")
     assert predict_image(int8, PORTRAIT, names)[0] == predict_image(model, PORTRAIT, names)[0]
-    assert_same_predictions(model, load_model(tmp_path / "emotion_model.onnx")[0], [PORTRAIT, draw_picture(1)])
+    assert_same_predictions(model, load_model(tmp_path / "emotion_model.onnx")[0], [PORTRAIT, draw_image(1)])
 
     for split in ("train", "Validation"):
         for name in names:

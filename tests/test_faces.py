@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import assert_refused, draw_picture, open_faceless, open_portrait
+from conftest import assert_refused, draw_image, open_faceless, open_portrait
 from PIL import Image
 from test_predict import MAIN, NAMES, REPO, SCRIPT, rows_of, run_main, run_python, write_checkpoint
 
@@ -252,7 +252,7 @@ def photos(portrait, tmp_path):
     folder.mkdir()
     group(portrait, (60, 120)).save(folder / "group.png")
     open_faceless().save(folder / "arms.png")
-    draw_picture(3).save(folder / "crop.png")
+    draw_image(3).save(folder / "crop.png")
     portrait.save(folder / "portrait.jpg", quality=95)
     return folder
 

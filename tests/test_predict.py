@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import assert_refused, draw_folder, draw_picture, run_as_user
+from conftest import assert_refused, draw_folder, draw_image, run_as_user
 from conftest import run as run_main
 from PIL import Image
 
@@ -82,7 +82,7 @@ def loaded(checkpoint):
 
 @pytest.fixture
 def photo(tmp_path):
-    draw_picture(5, 100, "RGB").resize((100, 75)).save(tmp_path / "photo.png")
+    draw_image(5, 100, "RGB").resize((100, 75)).save(tmp_path / "photo.png")
     return tmp_path / "photo.png"
 
 
@@ -111,7 +111,7 @@ def test_prediction_is_a_class_its_confidence_and_all_probabilities(loaded, phot
 def kinds(folder):
     """Images of every kind that people have, as files in one class folder."""
     folder.mkdir(parents=True)
-    base = draw_picture(9, 96, "RGB")
+    base = draw_image(9, 96, "RGB")
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned
     base.resize((64, 48)).save(folder / "turned.jpg", exif=exif)
@@ -465,7 +465,7 @@ def test_names_of_every_kind_are_read_back_from_a_table_and_are_no_formulas(run,
     (tmp_path / "images").mkdir()
     monkeypatch.chdir(tmp_path / "images")
     for number, name in enumerate(names):
-        draw_picture(number).save(name)
+        draw_image(number).save(name)
     classes = ['a;b,c"', "=cmd()", "＋y", "'z", "+1"]
     model = write_checkpoint(tmp_path / "classes.pth", names=classes)
     for table in ("p.csv", "p.json"):
@@ -518,12 +518,12 @@ def test_missing_permissions_are_one_line():
 
         sys.path += [os.environ["PYTHONPATH"], os.path.join(os.environ["PYTHONPATH"], "tests")]
         import predict_emotion
-        from conftest import draw_picture
+        from conftest import draw_image
         from test_predict import write_checkpoint
 
         for name, mode in (("model", 0o644), ("secret", 0)):
             write_checkpoint(Path(f"{name}.pth")).chmod(mode)
-            draw_picture(1).save(f"{name}.png")
+            draw_image(1).save(f"{name}.png")
             Path(f"{name}.png").chmod(mode)
         Path("closed").mkdir(mode=0o555)
         Path("hidden").mkdir(mode=0)

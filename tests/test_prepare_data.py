@@ -132,7 +132,7 @@ def take(run, tmp_path):
 
 @pytest.fixture
 def refuse(run, tmp_path):
-    """Asserts that an import ends with 2 and one line with `words`, and that nothing is left beside what was there."""
+    """Asserts that an import ends with 2 and one line with `words`, and that nothing is left but what was there."""
 
     def run_refused(source, *words, target=None):
         before = sorted(tmp_path.rglob("*"))

@@ -9,7 +9,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from conftest import draw_picture, refusal
+from conftest import draw_image, refusal
 from PIL import Image
 
 import preprocessing
@@ -34,19 +34,19 @@ def saved(image, path, **options):
 @pytest.mark.parametrize("ending", ["png", "bmp", "tif", "webp", "ppm"])
 def test_an_image_at_its_size_is_unchanged(ending, tmp_path):
     options = {"lossless": True} if ending == "webp" else {}
-    gray, color = (saved(draw_picture(1, 24, mode), tmp_path / f"{mode}.{ending}", **options) for mode in ("L", "RGB"))
-    pixels, expected = read_image(gray, GRAY), np.asarray(draw_picture(1, 24))[None].astype(int)
+    gray, color = (saved(draw_image(1, 24, mode), tmp_path / f"{mode}.{ending}", **options) for mode in ("L", "RGB"))
+    pixels, expected = read_image(gray, GRAY), np.asarray(draw_image(1, 24))[None].astype(int)
     assert pixels.dtype == np.uint8 and pixels.shape == (1, 24, 24)
     assert np.abs(pixels - expected).max() <= (1 if ending == "webp" else 0)
     assert np.array_equal(read_image(gray, COLOR), pixels.repeat(3, 0))
     pixels = read_image(color, COLOR)
     assert pixels.shape == (3, 24, 24) and pixels.flags.c_contiguous
-    assert np.array_equal(pixels, np.asarray(draw_picture(1, 24, "RGB")).transpose(2, 0, 1))  # RGB, not BGR
+    assert np.array_equal(pixels, np.asarray(draw_image(1, 24, "RGB")).transpose(2, 0, 1))  # RGB, not BGR
 
 
 @pytest.mark.parametrize("spec", [GRAY, GRAY3], ids=["one channel", "gray of three"])
 def test_a_gray_model_sees_a_color_image_as_pillow_grays_it(spec, tmp_path):
-    image = draw_picture(3, 24, "RGB")
+    image = draw_image(3, 24, "RGB")
     pixels = read_image(saved(image, tmp_path / "a.png"), spec)
     assert np.array_equal(pixels, np.asarray(image.convert("L"))[None])
     images = to_input(torch.tensor(pixels[None]), spec)
@@ -117,7 +117,7 @@ def test_sixteen_bits_are_scaled_not_clipped(ending, tmp_path):
 @pytest.mark.parametrize("mode", ["YCbCr", "HSV", "RGBX", "RGBa", "PA"])
 @pytest.mark.parametrize("spec", [GRAY, COLOR], ids=["gray", "color"])
 def test_pil_images_of_rare_modes(mode, spec):
-    image = draw_picture(1, 24, {"RGBa": "RGBA", "PA": "P"}.get(mode, "RGB"))
+    image = draw_image(1, 24, {"RGBa": "RGBA", "PA": "P"}.get(mode, "RGB"))
     pixels = read_image(image.convert(mode), spec)
     assert np.abs(pixels.astype(int) - read_image(image, spec)).mean() < 4  # HSV and YCbCr round
 
@@ -125,7 +125,7 @@ def test_pil_images_of_rare_modes(mode, spec):
 @pytest.mark.parametrize("ending", ["jpg", "png", "webp", "tif"])
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_every_exif_orientation(ending, orientation, tmp_path):
-    upright = draw_picture(5, 24, "RGB").resize((40, 24), Image.Resampling.NEAREST)
+    upright = draw_image(5, 24, "RGB").resize((40, 24), Image.Resampling.NEAREST)
     undo = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}  # Image.Transpose that stores `upright` so that it is turned
     stored = upright.transpose(Image.Transpose(undo[orientation])) if orientation > 1 else upright
     exif = Image.Exif()
@@ -137,7 +137,7 @@ def test_every_exif_orientation(ending, orientation, tmp_path):
 
 @pytest.mark.parametrize("exif", [b"Exif\0\0rubbish", b"Exif\0\0", b"Exif\0\0II*\0\x08\0\0\0\xff\xff"])
 def test_an_image_with_damaged_exif_is_read(exif, tmp_path):
-    image = draw_picture(5, 24)
+    image = draw_image(5, 24)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         pixels = read_image(saved(image, tmp_path / "a.jpg", exif=exif, quality=100), GRAY)
@@ -153,7 +153,7 @@ def test_an_animation_counts_as_its_first_frame(ending, tmp_path):
 
 
 def test_arrays_and_pil_images_are_read_as_files_are_and_left_alone(tmp_path):
-    image = draw_picture(4, 31, "RGB")
+    image = draw_image(4, 31, "RGB")
     array, gray = np.array(image), image.convert("L")
     expected = read_image(saved(image, tmp_path / "a.png"), COLOR)
     for source in (image, array):
@@ -182,7 +182,7 @@ def refused(source):
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.8])
 def test_truncated_files_are_refused(kind, share, tmp_path):
     buffer = io.BytesIO()
-    draw_picture(9, 64, "RGB").save(buffer, kind)
+    draw_image(9, 64, "RGB").save(buffer, kind)
     path = tmp_path / "cut.png"
     path.write_bytes(buffer.getvalue()[: int(share * buffer.tell())])
     refused(path)
@@ -200,7 +200,7 @@ def test_what_is_no_image_file_is_refused(tmp_path):
         (tmp_path / name).symlink_to(target)
         refused(tmp_path / name)
     for name in ("Mümmé 日本.png", "a'b\"c  $.png", "new\nline.png", "-\x1b[31m.png"):
-        read_image(saved(draw_picture(1, 24), tmp_path / name), GRAY)
+        read_image(saved(draw_image(1, 24), tmp_path / name), GRAY)
         (tmp_path / name).write_bytes(b"x")
         refused(str(tmp_path / name))
     if hasattr(os, "mkfifo"):
@@ -232,8 +232,8 @@ def test_more_pixels_than_allowed_are_refused_before_decoding(tmp_path, monkeypa
     assert path.stat().st_size < 100_000
     assert "100,000,000" in refused(path)
     monkeypatch.setattr(preprocessing, "MAX_PIXELS", 500)
-    read_image(saved(draw_picture(1, 22), tmp_path / "ok.png"), GRAY)
-    path = saved(draw_picture(1, 23), tmp_path / "large.png")
+    read_image(saved(draw_image(1, 22), tmp_path / "ok.png"), GRAY)
+    path = saved(draw_image(1, 23), tmp_path / "large.png")
     path.write_bytes(path.read_bytes()[:60])  # decoding would find it truncated
     message = refused(path)
     assert "23 x 23" in message and "500" in message

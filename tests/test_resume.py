@@ -8,7 +8,7 @@ import signal
 
 import pytest
 import torch
-from conftest import SMALL, assert_refused, draw_picture, interrupt, run, start
+from conftest import SMALL, assert_refused, draw_image, interrupt, run, start
 from test_train import FILES, differing, load, read_metrics, same, train, train_only
 
 from checkpoints import BEST_NAME, FINAL_NAME, PREVIOUS_NAME, V1_FEATURES, read_checkpoint
@@ -285,7 +285,7 @@ def test_a_disk_that_is_full_at_the_first_save_leaves_the_run_before(trained, co
 
 
 def change_image(data, out):
-    draw_picture(77).save(data / "train" / "happy" / "happy_001.png")
+    draw_image(77).save(data / "train" / "happy" / "happy_001.png")
 
 
 def rename_class(data, out):

@@ -7,7 +7,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from conftest import draw_folder, draw_picture, refusal
+from conftest import draw_folder, draw_image, refusal
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -199,22 +199,22 @@ def test_folders_are_matched_by_name_and_their_duplicates_told(names, tmp_path):
     draw_folder(test, {"happy": 3, "sad": 1}, 8)
     shutil.copy(train / "sad" / "sad_001.png", val / "sad" / "again.png")
     for number in range(2):
-        draw_picture(number, 8).save(train / "angry" / f"gray{number}.png")
-        draw_picture(number, 8).convert("RGB").save(test / "sad" / f"gray{number}.png")
+        draw_image(number, 8).save(train / "angry" / f"gray{number}.png")
+        draw_image(number, 8).convert("RGB").save(test / "sad" / f"gray{number}.png")
     shutil.copy(val / "sad" / "sad_000.png", test / "sad" / "of_val.png")
     for has_color in (False, True):
         if has_color:
-            draw_picture(7, 8, "RGB").save(train / "sad" / "color.png")
-            draw_picture(8, 8, "RGB").save(test / "happy" / "color.png")
+            draw_image(7, 8, "RGB").save(train / "sad" / "color.png")
+            draw_image(8, 8, "RGB").save(test / "happy" / "color.png")
         splits = load(tmp_path, COLOR)
         assert splits.class_names == ["angry", "happy", "sad"] and splits.val_source == f"{val.name}/"
         assert splits.train.class_counts(3) == [6, 4, 5 + has_color] and splits.val.class_counts(3) == [0, 0, 3]
         assert splits.spec.gray != has_color and next(splits.train.iterate(2))[0].shape[1] == (3 if has_color else 1)
-        warnings = [f"warning: 1 of 3 pictures in {val.name}/ are also in {train.name}/"]
+        warnings = [f"warning: 1 of 3 images in {val.name}/ are also in {train.name}/"]
         if names[2]:
             count = 7 + has_color
-            warnings.append(f"warning: 2 of {count} pictures in {test.name}/ are also in {train.name}/")
-            warnings.append(f"warning: 1 of {count} pictures in {test.name}/ are also in {val.name}/")
+            warnings.append(f"warning: 2 of {count} images in {test.name}/ are also in {train.name}/")
+            warnings.append(f"warning: 1 of {count} images in {test.name}/ are also in {val.name}/")
             assert splits.test.class_counts(3) == [0, 3 + has_color, 4]
             assert splits.in_train.tolist() == [False] * (3 + has_color) + [True, True, False, False]
         else:
@@ -250,12 +250,12 @@ def test_drawings_and_numbers_are_told(tmp_path):
             path.rename(path.with_name(f"drawing_{path.name}"))
     (numbers,) = (splits := load(tmp_path)).notes
     assert splits.trained_on == SAMPLE_SET and "class folders are called 3:" in numbers
-    draw_picture(1, 8).save(parts[0] / "happy" / "photo.png")
+    draw_image(1, 8).save(parts[0] / "happy" / "photo.png")
     splits = load(tmp_path)
     assert splits.trained_on == tmp_path.name
     assert [note.partition(" (")[0] for note in splits.notes[1:]] == [
-        f"warning: 12 of 13 pictures in {parts[0]} are drawings of the sample set",
-        f"warning: 12 of 12 pictures in {parts[1]} are drawings of the sample set",
+        f"warning: 12 of 13 images in {parts[0]} are drawings of the sample set",
+        f"warning: 12 of 12 images in {parts[1]} are drawings of the sample set",
     ]
 
 
@@ -303,7 +303,7 @@ def test_a_split_folder_is_measured_whole_and_compared_with_train(tmp_path):
         data, rows, shown, in_train = load_one(tmp_path, split)
         assert shown == split and rows.tolist() == list(range(count)) and data.folder == tmp_path / name
         assert (in_train is None) if split == "train" else in_train.tolist() == [True, False, False]
-        warning = f"warning: 1 of 3 pictures in {name}/ are also in train/"
+        warning = f"warning: 1 of 3 images in {name}/ are also in train/"
         assert data.notes == [] if split == "train" else [warning]
     (tmp_path / "train" / "sad" / "bad.png").write_bytes(b"x")
     assert load_one(tmp_path, "test", strict=True)[3].tolist() == [True, False, False]  # train/ is not measured

@@ -8,7 +8,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import COUNTS, SMALL, draw_folder, draw_picture, interrupt, run, run_process
+from conftest import COUNTS, SMALL, draw_folder, draw_image, interrupt, run, run_process
 from PIL import Image
 
 from checkpoints import BEST_NAME, FINAL_NAME, PREVIOUS_NAME
@@ -214,7 +214,7 @@ def test_report_is_on_validation_without_test(data, tmp_path):
 def test_test_images_play_no_part_in_training(trained, data, tmp_path):
     shutil.rmtree(data / "test" / "angry")  # classes are matched by name, so one may be missing
     for number, path in enumerate(sorted((data / "test").glob("*/*.png"))):
-        draw_picture(10_000 + number).save(path)
+        draw_image(10_000 + number).save(path)
     train(data, tmp_path, "--epochs", 1, "--cache-dir", trained / "cache", "--data-dir", data)
     assert differing(trained / "out" / FINAL_NAME, tmp_path / FINAL_NAME) == {
         "config",

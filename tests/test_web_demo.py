@@ -9,7 +9,7 @@ import sys
 from functools import partial
 
 import pytest
-from conftest import PORTRAIT, assert_refused, draw_picture, free_port
+from conftest import PORTRAIT, assert_refused, draw_image, free_port
 from test_predict import REPO, run_python
 
 from examples import web_demo
@@ -95,7 +95,7 @@ def test_uploaded_photo_gets_box_and_label_bar(page):
 
 
 def test_image_without_a_face_and_broken_file(page, tmp_path):
-    draw_picture(1, 300, "RGB").save(tmp_path / "noise.png")
+    draw_image(1, 300, "RGB").save(tmp_path / "noise.png")
     (tmp_path / "broken.jpg").write_text("this is no image")
     for name, message in (("noise.png", "No face found"), ("broken.jpg", "can't be read")):
         upload(page, tmp_path / name, message)

@@ -1,8 +1,8 @@
-"""Damages valid pictures and passes them through prediction and training.
+"""Damages valid images and passes them through prediction and training.
 
     python -m tests.soak.fuzz --files 2400          # a minute on two cores
 
-JPEG, PNG, GIF, BMP, WebP and TIFF files, gray and colour, get bits flipped, are cut short, or have four bytes (length
+JPEG, PNG, GIF, BMP, WebP and TIFF files, gray and color, get bits flipped, are cut short, or have four bytes (length
 fields among them) set to zeros or ones. No crash, no hang: every file is predicted or named, by prediction and by
 training; files that lost a tenth or more of their end are all refused; and a damaged PNG is refused or shows what it
 showed before, since its checksums are verified. The other formats have none: damage may be read as other pixels.
@@ -24,7 +24,7 @@ from PIL import Image
 from errors import InputError
 from models import InputSpec
 from preprocessing import read_image
-from tests.conftest import draw_picture
+from tests.conftest import draw_image
 
 REPO = Path(__file__).resolve().parent.parent.parent
 FORMATS = {"JPEG": ".jpg", "PNG": ".png", "GIF": ".gif", "BMP": ".bmp", "WEBP": ".webp", "TIFF": ".tiff"}
@@ -52,7 +52,7 @@ def make_files(folder: Path, count: int, rng: random.Random) -> tuple[dict[Path,
         name = list(FORMATS)[number % len(FORMATS)]
         kind = KINDS[number // len(FORMATS) % len(KINDS)]
         content = io.BytesIO()
-        draw_picture(number, 48, "L" if number % 2 else "RGB").save(content, name)
+        draw_image(number, 48, "L" if number % 2 else "RGB").save(content, name)
         path = folder / ("happy", "sad")[number % 2] / f"{number:05}{FORMATS[name]}"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(damage(content.getvalue(), kind, rng))
@@ -105,7 +105,7 @@ def soak(count: int, root: Path, seed: int = 0) -> Counter:
         1,
     )
     assert done.returncode == 0, done.stderr
-    assert f"left out {len(files) - len(read)} of {len(files) + 1} pictures" in done.stdout, done.stdout
+    assert f"left out {len(files) - len(read)} of {len(files) + 1} images" in done.stdout, done.stdout
     return found
 
 

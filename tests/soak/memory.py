@@ -43,7 +43,7 @@ def predict_some(model: torch.nn.Module, count: int, rng: np.random.Generator) -
 
 
 def soak(predictions: int) -> int:
-    """Bytes that memory grew by over the last four fifths of so many predictions."""
+    """Bytes that memory grew by over the last four fifths of the predictions."""
     rng = np.random.default_rng(0)
     torch.manual_seed(0)
     model = create_model("cnn6_rgb", 7, image_size=32).eval()
