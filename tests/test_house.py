@@ -1,7 +1,9 @@
-"""The house: who imports whom, sizes, light imports, and the README held to the flags, networks and recipes."""
+"""The house: who imports whom, sizes, light imports, and README and docs held to flags, networks, recipes and words."""
 
 import ast
+import importlib
 import re
+import shlex
 import subprocess
 import sys
 from itertools import takewhile
@@ -9,11 +11,7 @@ from pathlib import Path
 
 import pytest
 
-import evaluate_emotion
-import export_emotion
-import predict_emotion
-import prepare_data
-import train_emotion_cnn
+from engine.augment import PRESETS, Strengths, parse_augment
 from models import ARCHS, count_parameters, create_model, list_archs
 
 REPO = Path(__file__).resolve().parent.parent
@@ -120,117 +118,190 @@ def test_importing_the_public_api_is_light():
     assert (done.stdout.strip(), done.returncode) == ("[] predict_emotion", 0), done.stderr
 
 
-# The command lines and the README
+# README and docs, held to the code
+
+PAGES = ["README.md", "weights/README.md", *(f"docs/{path.name}" for path in sorted((REPO / "docs").glob("*.md")))]
+LAUNCHER_FLAGS = {"--standalone", "--nproc-per-node", "--nnodes", "--node-rank", "--master-addr", "--master-port"}
+# Words that must not come back, as regular expressions; DESIGN.md has what to write instead.
+GONE_WORDS = r"""pictures?|colours?|normalis\w+|optimis\w+|licences?|centres?|grey|neighbours?|behaviours?
+says|said|eats?|learnt|twins?|beside|so many|whole numbers?|is no number|memory is short|but for|in the place of
+where there (?:is|are) (?:none|any)|from nothing|plain (?:loop|way)|of matrix product""".replace("\n", "|")
+STILL_IN_PYTHON = "centre"  # words of GONE_WORDS, as a regular expression, that *.py may still have
 
 
-def help_texts(capsys):
-    """{command line: what its --help prints} of every script that is there."""
-    scripts = (train_emotion_cnn, evaluate_emotion, export_emotion, predict_emotion, prepare_data)
-    mains = {script.__name__: script.main for script in scripts}
-    lines = [(name, []) for name in mains] + [
-        ("prepare_data", ["sample"]),
-        ("prepare_data", ["fer2013"]),
-        ("prepare_data", ["crop"]),
-        ("prepare_data", ["audit"]),
-    ]
-    texts = {}
-    for name, words in lines:
-        with pytest.raises(SystemExit) as stop:
-            mains[name]([*words, "--help"])
-        assert stop.value.code == 0
-        texts[" ".join([name, *words])] = capsys.readouterr().out
-    return texts
+def read_page(page):
+    return (REPO / page).read_text(encoding="utf-8")
 
 
-def test_every_flag_is_in_the_readme(capsys):
-    readme = (REPO / "README.md").read_text(encoding="utf-8")
-    missing = []
-    for command, text in help_texts(capsys).items():
-        flags = set(re.findall(FLAG, text)) - {"--help"}
-        assert flags or command == "prepare_data"
-        missing += [f"{command}: {flag}" for flag in sorted(flags - set(re.findall(FLAG, readme)))]
-    assert missing == []
+def without_blocks(text):
+    return re.sub(r"```.*?```", "", text, flags=re.DOTALL)
 
 
-def test_readme_names_no_flag_that_is_not_there(capsys):
-    readme = (REPO / "README.md").read_text(encoding="utf-8")
-    known = set(re.findall(FLAG, " ".join(help_texts(capsys).values())))
-    wrong = set()
-    for line in readme.splitlines():
-        for script in SCRIPTS:
-            if f"python {script}.py" in line or f" {script}.py --" in line:
-                command = line.partition(f"{script}.py")[2].partition("#")[0]
-                wrong |= set(re.findall(FLAG, command)) - known
-    assert wrong == set()
+def python_blocks(page):
+    return re.findall(r"^```python\n(.*?)```", read_page(page), re.DOTALL | re.MULTILINE)
 
 
-@pytest.mark.parametrize("script", ["evaluate_emotion", "predict_emotion", "export_emotion", "prepare_data"])
-def test_readme_lists_the_flags_of_each_script(capsys, script):
-    readme = (REPO / "README.md").read_text(encoding="utf-8")
-    (listed,) = re.findall(rf"^`{script}\.py`: (.*?)\n\n", readme, re.MULTILINE | re.DOTALL)
-    texts = [text for command, text in help_texts(capsys).items() if command.split()[0] == script]
-    assert set(re.findall(FLAG, listed)) == set(re.findall(FLAG, " ".join(texts))) - {"--help"}
+def shell_blocks(page):
+    return re.findall(r"```bash\n(.*?)```", read_page(page), re.DOTALL)
 
 
-def readme_table(second_cell):
-    """{first cell: the others} of the README's table that begins with `arch` and this cell."""
-    lines = (REPO / "README.md").read_text(encoding="utf-8").partition(f"| arch | {second_cell} |")[2].splitlines()[2:]
+def inline_code(page):
+    return [code.replace("\n", " ") for code in re.findall(r"`([^`]+)`", without_blocks(read_page(page)))]
+
+
+def commands(code):
+    """(path, words after it) of every script or module of ours that the lines of `code` run."""
+    for line in re.split(r"\n|&&", code.replace("\\\n", " ")):
+        found = re.search(r"(?:^|\s)(?:(\w+)\.py|-m ((?:benchmarks|examples|tests)\.[\w.]+))(?=\s|$)(.*)", line)
+        if found and re.search(r"\b(python|torchrun|modal)\b", line):
+            yield REPO / f"{(found[1] or found[2]).replace('.', '/')}.py", shlex.split(found[3], comments=True)
+
+
+def flags_of(path):
+    """The flags that a script adds to its parser."""
+    flags = {"--help"}
+    for call in ast.walk(parse(path)):
+        if isinstance(call, ast.Call) and call.args and isinstance(call.args[0], ast.Constant):
+            name = getattr(call.func, "id", getattr(call.func, "attr", ""))
+            if name in ("add", "add_argument") and str(call.args[0].value).startswith("--"):
+                flags.add(call.args[0].value)
+                if "BooleanOptionalAction" in ast.unparse(call):
+                    flags.add(call.args[0].value.replace("--", "--no-"))
+    return flags
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_scripts_and_flags_of_commands_exist(page):
+    training = flags_of(ROOT["train_emotion_cnn"])
+    for code in [*shell_blocks(page), *inline_code(page)]:
+        for path, words in commands(code):
+            assert path.is_file(), path
+            own, forwarded = (
+                (words + ["--"])[: (words + ["--"]).index("--")],
+                words[words.index("--") :] if "--" in words else [],
+            )
+            known = flags_of(path) | (training if path.stem == "train_on_modal" else set())
+            assert set(re.findall(FLAG, " ".join(own))) <= known, (path.name, words)
+            assert set(re.findall(FLAG, " ".join(forwarded))) <= training, (path.name, words)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_flags_named_alone_exist(page):
+    paths = [path for path in REPO.rglob("*.py") if path.parent.name in (REPO.name, "benchmarks", "examples", "soak")]
+    known = LAUNCHER_FLAGS.union(*map(flags_of, paths))
+    named = {code.split()[0] for code in inline_code(page) if code.startswith("--")}
+    assert named <= known
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_commands_are_accepted(page):
+    """Values and positional arguments too, of the five scripts."""
+    for code in shell_blocks(page):
+        for path, words in commands(code):
+            if path.stem in SCRIPTS and path.parent == REPO and "--help" not in words:
+                importlib.import_module(path.stem).get_args_parser().parse_args(words)
+
+
+@pytest.mark.parametrize("script", sorted(SCRIPTS))
+def test_help_shows_every_flag_with_a_text(script):
+    parser = importlib.import_module(script).get_args_parser()
+    commands = parser._subparsers._group_actions[0].choices.values() if script == "prepare_data" else [parser]
+    for parser in commands:
+        assert [action.dest for action in parser._actions if not action.help] == []
+        assert all(flag in parser.format_help() for flag in parser._option_string_actions)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_snippets_compile_and_import_what_is_there(page):
+    for block in python_blocks(page):
+        compile(block, page, "exec")
+        for node in ast.walk(ast.parse(block)):
+            if isinstance(node, ast.ImportFrom) and node.module in MODULES:
+                module = importlib.import_module(node.module)
+                assert [alias.name for alias in node.names if not hasattr(module, alias.name)] == []
+
+
+def anchors(page):
+    """The anchors of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.+)$", without_blocks(page.read_text(encoding="utf-8")), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_to_files_and_headings(page):
+    links = re.findall(r"\]\(([^)]+)\)", without_blocks(read_page(page)))
+    for link in links:
+        name, _, anchor = link.partition("#")
+        if not name.startswith("http"):
+            target = (REPO / page).parent / name if name else REPO / page
+            assert target.exists(), link
+            assert not anchor or anchor in anchors(target), link
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_pages_are_short_and_linked(page):
+    assert len(read_page(page).encode()) <= (10_000 if page == "README.md" else 12_000)
+    assert page == "README.md" or f"({page}" in read_page("README.md")
+
+
+def table(page, head):
+    """{first cell: the others} of the page's table whose head begins with `head`."""
+    lines = read_page(page).partition(f"\n| {head} |")[2].splitlines()[2:]
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in takewhile(bool, lines)]
     return {first.strip("`"): others for first, *others in rows}
 
 
-def test_networks_are_as_the_readme_says():
-    table = readme_table("what it is")
-    assert set(table) == set(list_archs())
-    for arch, (text, size, parameters) in table.items():
+def test_the_readme_names_every_module_and_folder():
+    names = [f"{name}.py" for name in ROOT] + [f"{name}/" for name in (*FOLDERS, "examples", "benchmarks", "weights")]
+    assert [name for name in names if name not in read_page("README.md")] == []
+
+
+def test_the_table_of_models_is_as_the_code():
+    rows = table("README.md", "arch | what it is")
+    assert set(rows) == set(list_archs())
+    for arch, (text, size, parameters) in rows.items():
         model, spec = create_model(arch, 7), ARCHS[arch].input_spec
         dropouts = [f"dropout {p}" for p in dict.fromkeys(m.p for m in model.modules() if hasattr(m, "p"))]
-        assert (size, parameters) == (
-            f"{spec.channels}x{spec.image_size}x{spec.image_size}",
-            f"{count_parameters(model):,}",
-        )
-        assert [words for words in re.findall(r"dropout [\d.]+\d", text) if words not in dropouts] == [], dropouts
+        assert size == f"{spec.channels}x{spec.image_size}x{spec.image_size}"
+        assert parameters == f"{count_parameters(model):,}"
+        assert set(re.findall(r"dropout [\d.]+\d", text)) <= set(dropouts)
 
 
-def test_recipes_are_as_the_readme_says():
-    table = readme_table("optimiser, learning rate")
-    assert set(table) == set(list_archs())
-    for arch, row in table.items():
+def test_the_table_of_recipes_is_as_the_code():
+    rows = table("docs/training.md", "arch | optimizer, learning rate")
+    assert set(rows) == set(list_archs())
+    for arch, row in rows.items():
         recipe = ARCHS[arch].recipe
-        decay, ema = recipe.weight_decay, recipe.ema
-        optimiser = ", ".join(
-            [
-                {"adam": "Adam", "adamw": "AdamW"}[recipe.optimizer],
-                *([f"weight decay {decay}"] if decay else []),
-                str(recipe.lr),
-            ]
-        )
+        optimizer = {"adam": "Adam", "adamw": "AdamW"}[recipe.optimizer]
+        decay = f", weight decay {recipe.weight_decay}" if recipe.weight_decay else ""
+        ema = f"; EMA {recipe.ema}" if recipe.ema else ""
         loss = {"none": "cross-entropy", "balanced": "weighted by n / (classes * n_class)"}[recipe.class_weights]
-        if recipe.label_smoothing:
-            loss += f", label smoothing {recipe.label_smoothing}"
-        assert row == [
-            optimiser + (f"; EMA {ema}" if ema else ""),
-            recipe.schedule,
-            str(recipe.batch_size),
-            str(recipe.epochs),
-            recipe.augment,
-            loss,
-        ]
+        loss += f", label smoothing {recipe.label_smoothing}" if recipe.label_smoothing else ""
+        schedule, batch, epochs = recipe.schedule, str(recipe.batch_size), str(recipe.epochs)
+        assert row == [f"{optimizer}{decay}, {recipe.lr}{ema}", schedule, batch, epochs, recipe.augment, loss]
 
 
-@pytest.mark.parametrize("page", ["README.md", "weights/README.md"])
-def test_links_lead_to_files(page):
-    links = re.findall(r"\]\(([^)#]+)\)", (REPO / page).read_text(encoding="utf-8"))
-    here = [link for link in links if not link.startswith("http")]
-    assert here and [link for link in here if not (REPO / page).parent.joinpath(link).exists()] == []
+def test_the_table_of_presets_is_as_the_code():
+    rows = table("docs/training.md", "preset of `--augment` | strengths")
+    assert {name: parse_augment(text) for name, (text,) in rows.items()} | {"none": Strengths()} == PRESETS
 
 
-@pytest.mark.parametrize("command", ["train_emotion_cnn", "evaluate_emotion", "export_emotion", "predict_emotion"])
-def test_help_shows_every_flag_with_a_text(capsys, command):
-    text = help_texts(capsys)[command]
-    assert "default" in text
-    parser = sys.modules[command].get_args_parser()
-    assert [action.dest for action in parser._actions if not action.help] == []
+def find_words(path):
+    """["README.md, line 7: picture", ...] of a page or module."""
+    allowed = STILL_IN_PYTHON if path.suffix == ".py" else ""
+    found = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        words = [match[0] for match in re.finditer(rf"\b(?:{GONE_WORDS})\b", line, re.IGNORECASE)]
+        kept = [word for word in words if not re.fullmatch(allowed, word, re.IGNORECASE)]
+        found += [f"{path.relative_to(REPO)}, line {number}: {word}" for word in kept]
+    return found
+
+
+def test_words_that_must_not_come_back():
+    pages = [REPO / page for page in PAGES if page != "docs/changes.md"]  # which lists old names
+    folders = [REPO, *(REPO / name for name in (*FOLDERS, "benchmarks", "examples", "tests", "tests/soak"))]
+    modules = [path for folder in folders for path in sorted(folder.glob("*.py")) if path != Path(__file__).resolve()]
+    assert [found for path in [*pages, *modules] for found in find_words(path)] == []
 
 
 # The requirements
