@@ -1,7 +1,9 @@
 """The checkpoint file: plain dicts of tensors, numbers, strings, lists and dicts, written whole or not at all.
 
-checkpoint = read_checkpoint("best_emotion_model.pth")      # a dict; refuses files that carry code
-model = build_model(checkpoint)                             # in evaluation mode
+Example::
+
+    checkpoint = read_checkpoint("best_emotion_model.pth")      # a dict; refuses files that carry code
+    model = build_model(checkpoint)                             # in evaluation mode
 """
 
 import contextlib
@@ -43,6 +45,8 @@ _TYPES = {
 
 def make_checkpoint(model: nn.Module, *, epoch: int, metrics: dict, config: dict) -> dict:
     """The checkpoint of `model` (bare, not wrapped) as a dict; `metrics` and `config` must hold plain values.
+
+    engine.resume.save adds what resuming needs, to the final checkpoint alone.
 
     On the CPU the tensors are the model's own, not copies, so that a file that names them twice stores them once.
     """

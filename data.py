@@ -1,7 +1,9 @@
 """Folders of images sorted by class: their splits and files, and a split as one uint8 array, decoded once and cached.
 
-folders = find_splits("fer2013")                    # {"train": Path, "val": Path, "test": Path}
-data = FolderImages(folders["train"], InputSpec())  # data.images: uint8 (N, C, H, W)
+Example::
+
+    folders = find_splits("fer2013")                    # {"train": Path, "val": Path, "test": Path}
+    data = FolderImages(folders["train"], InputSpec())  # data.images: uint8 (N, C, H, W)
 """
 
 import contextlib

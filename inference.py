@@ -1,7 +1,9 @@
 """A trained model at work: from a checkpoint to the emotions in images. predict_emotion.py hands this on to users.
 
-model, class_names = load_model("best_emotion_model.pth")
-predicted_class, confidence, all_probs = predict_image(model, "photo.jpg", class_names)
+Example::
+
+    model, class_names = load_model("best_emotion_model.pth")
+    predicted_class, confidence, all_probs = predict_image(model, "photo.jpg", class_names)
 """
 
 import os

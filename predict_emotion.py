@@ -1,13 +1,15 @@
 """Predicts the emotion in images of faces, from the command line and from Python.
 
-python predict_emotion.py photo.jpg --show-all          # emotion, confidence, every probability as a bar
-python predict_emotion.py DIR "more/*.png" --output predictions.csv
-python predict_emotion.py --info                        # what the checkpoint is
-python predict_emotion.py                               # a sample of test/, drawn to prediction_samples.png
+Usage::
 
-from predict_emotion import load_model, predict_image
-model, class_names = load_model("best_emotion_model.pth")
-predicted_class, confidence, all_probs = predict_image(model, "photo.jpg", class_names)
+    python predict_emotion.py photo.jpg --show-all          # emotion, confidence, every probability as a bar
+    python predict_emotion.py DIR "more/*.png" --output predictions.csv
+    python predict_emotion.py --info                        # what the checkpoint is
+    python predict_emotion.py                               # a sample of test/, drawn to prediction_samples.png
+
+    from predict_emotion import load_model, predict_image
+    model, class_names = load_model("best_emotion_model.pth")
+    predicted_class, confidence, all_probs = predict_image(model, "photo.jpg", class_names)
 """
 
 import argparse

@@ -1,7 +1,9 @@
 """Image file -> uint8 pixels -> model input: the one path that training, prediction and export share.
 
-image = read_image("photo.jpg", InputSpec())                    # uint8 (C, H, W)
-inputs = to_input(torch.from_numpy(image)[None], InputSpec())   # float32 (1, C, H, W), normalized
+Example::
+
+    image = read_image("photo.jpg", InputSpec())                    # uint8 (C, H, W)
+    inputs = to_input(torch.from_numpy(image)[None], InputSpec())   # float32 (1, C, H, W), normalized
 """
 
 import contextlib

@@ -13,9 +13,9 @@ from checkpoints import replace_file
 def wilson_interval(correct: int, count: int, z: float = 1.96) -> tuple[float, float]:
     """The 95% interval of a share, after Wilson 1927; both ends are fractions."""
     share, z2 = correct / count, z * z
-    centre = (share + z2 / (2 * count)) / (1 + z2 / count)
+    center = (share + z2 / (2 * count)) / (1 + z2 / count)
     half = z / (1 + z2 / count) * np.sqrt(share * (1 - share) / count + z2 / (4 * count * count))
-    return float(centre - half), float(centre + half)
+    return float(center - half), float(center + half)
 
 
 def calibration(labels: np.ndarray, log_probs: np.ndarray, bins: int = 15) -> dict:
@@ -96,7 +96,7 @@ def one_class_warning(metrics: dict) -> str | None:
     name = metrics["class_names"][top]
     return (
         f"warning: {100 * predicted[top]:.0f}% of the predictions are {name!r}, which {100 * actual[top]:.0f}% of the "
-        "images are; see 'Always one class' in the README"
+        "images are; see 'Always one class' in docs/troubleshooting.md"
     )
 
 

@@ -5,9 +5,10 @@
     python train_emotion_cnn.py --resume                                # go on with a run that was stopped
     torchrun --standalone --nproc-per-node 4 train_emotion_cnn.py ...   # one process per GPU
 
-Writes to --output-dir: best_emotion_model.pth (the best epoch on validation, for inference), final_emotion_model.pth
-(the last epoch, for resuming), training_history.csv, training_history.png, confusion_matrix.png, reliability.png,
-classification_report.txt and metrics.json.
+Writes to --output-dir after every epoch: final_emotion_model.pth (for --resume), training_history.csv, and, if the
+validation accuracy is the highest so far (of equals, the loss the lowest), best_emotion_model.pth (for inference). At
+the end: the best checkpoint again, with temperature and test metrics, metrics.json, classification_report.txt,
+training_history.png, confusion_matrix.png and reliability.png.
 """
 
 import contextlib
@@ -40,10 +41,10 @@ from engine import distributed, resume
 from engine.augment import EXAMPLE, PRESETS, augment, parse_augment
 from engine.distributed import ProcessGroup
 from engine.evaluation import evaluate, fit_temperature, loss_and_accuracy, measure
-from engine.loop import CLASS_WEIGHTS, TrainStep, check_finite, make_class_weights, seed_for, train_one_epoch
 from engine.optim import OPTIMIZERS, SCHEDULES, Ema, make_optimizer, make_scheduler
 from engine.pretrained import freeze, load_imagenet_weights, load_initial_weights, load_teacher
 from engine.settings import Settings
+from engine.step import CLASS_WEIGHTS, TrainStep, check_finite, make_class_weights, seed_for, train_one_epoch
 from errors import InputError, printable
 from models import count_parameters, create_model, device_of, get_arch, input_spec_for, list_archs
 from splits import SAMPLERS, Splits, batch_bounds, draw_order, load_splits
@@ -101,7 +102,13 @@ def add_training_flags(parser: ArgumentParser) -> None:
     add("--teacher", nargs="+", action="extend", metavar="PATH", help="checkpoints to learn from, too")
     add("--grad-accum", default=1, type=number(int, 1), metavar="N", help="split a batch into N passes: less memory")
     add("--clip-grad", default=0.0, type=number(float, 0), metavar="NORM", help="clip the gradient's norm; 0 is off")
-    add("--early-stopping", default=0, type=number(int, 0), metavar="N", help="stop after N epochs without a new best")
+    add(
+        "--early-stopping",
+        default=0,
+        type=number(int, 0),
+        metavar="N",
+        help="stop after N epochs without a new best; 0: never",
+    )
 
 
 def parse_settings(argv: list[str] | None) -> tuple[Settings, dict | None]:
@@ -120,10 +127,10 @@ def parse_settings(argv: list[str] | None) -> tuple[Settings, dict | None]:
         return settings, None
     path = Path(args.resume or os.path.join(args.output_dir, FINAL_NAME))
     checkpoint = resume.read_resumable(path)
-    saved = {name: value for name, value in checkpoint["config"].items() if hasattr(args, name)}
+    saved_flags = {name: value for name, value in checkpoint["config"].items() if hasattr(args, name)}
     if args.teacher:  # argparse would add them to the default
-        del saved["teacher"]
-    parser.set_defaults(**saved, output_dir=str(path.parent))
+        saved_flags["teacher"] = None
+    parser.set_defaults(**saved_flags, output_dir=str(path.parent))
     settings = replace(Settings(**vars(parser.parse_args(argv))), resume=str(path))
     resume.check_unchanged(settings, checkpoint)
     settings.check_teachers()
@@ -131,9 +138,9 @@ def parse_settings(argv: list[str] | None) -> tuple[Settings, dict | None]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    settings, checkpoint = parse_settings(argv)
+    settings, resumed = parse_settings(argv)
     group, device = distributed.init(pick_device(settings.device))
-    show = partial(print, flush=True) if group.is_main else lambda *_: None
+    print_main = partial(print, flush=True) if group.is_main else lambda *_: None
     output_dir = make_output_dir(settings.output_dir)
     seed_torch(settings)
 
@@ -143,10 +150,12 @@ def main(argv: list[str] | None = None) -> None:
     model = make_model(settings, splits, device)
     step = make_step(settings, splits, model, group)
     fingerprint = resume.fingerprint(splits.split_hash, settings.teacher)
-    progress = resume.restore(checkpoint, settings.resume, step, fingerprint) if checkpoint else resume.Progress()
-    if checkpoint and group.is_main:
-        resume.copy_run(settings.resume, output_dir)
-    show(describe(settings, splits, step, progress))
+    progress = resume.Progress()
+    if resumed:
+        progress = resume.restore(resumed, settings.resume, step, fingerprint)
+        if group.is_main:
+            resume.copy_run(settings.resume, output_dir)
+    print_main(describe(settings, splits, step, progress))
 
     with resume_hint(output_dir, progress, group), tensorboard_log(settings.tensorboard, group) as log:
         for epoch in range(progress.epoch + 1, settings.epochs + 1):
@@ -155,34 +164,34 @@ def main(argv: list[str] | None = None) -> None:
             start, lr, title = time.perf_counter(), step.lr, f"epoch {epoch}/{settings.epochs}"
             step.seed(settings.seed, epoch)
             order = draw_order(splits.train.labels, settings.sampler, seed=seed_for("order", settings.seed, epoch))
-            train = train_one_epoch(step, splits.train, order, batch_size=settings.batch_size, title=title)
+            means = train_one_epoch(step, splits.train, order, batch_size=settings.batch_size, title=title)
 
             logits, labels = evaluate(step.eval_model, splits.val, batch_size=settings.eval_batch_size, group=group)
             val_loss, val_acc = loss_and_accuracy(logits, labels)
-            check_finite(val_loss, title, lr)  # no training loss has seen the last update
-            if settings.schedule == "plateau":
+            check_finite(val_loss, title, lr)  # the loss of a batch precedes its update, so the last one shows here
+            if settings.schedule == "plateau":  # the other schedules go on with every step
                 step.scheduler.step(val_loss)
 
-            row = {"epoch": epoch, "lr": lr, "train_loss": train["loss"], "train_acc": train["acc"]}
-            row |= {"val_loss": val_loss, "val_acc": val_acc, "images_per_s": train["images_per_s"]}
+            row = {"epoch": epoch, "lr": lr, "train_loss": means["loss"], "train_acc": means["acc"]}
+            row |= {"val_loss": val_loss, "val_acc": val_acc, "images_per_s": means["images_per_s"]}
             row |= {"seconds": time.perf_counter() - start}
-            is_best = progress.add(row)
+            is_best = progress.record(row)
             if group.is_main:
                 resume.save(output_dir, step, progress, settings.to_config(), fingerprint, is_best=is_best)
             progress.epoch = epoch
-            show(format_row(row, title, is_best))
+            print_main(format_row(row, title, is_best))
             log(row)
 
         if group.is_main:  # the report: the best epoch, calibrated on validation, measured once on test
-            checkpoint = read_checkpoint(output_dir / BEST_NAME)
-            model = build_model(checkpoint, output_dir / BEST_NAME).to(device, memory_format=memory_format(device))
+            best = read_checkpoint(output_dir / BEST_NAME)
+            model = build_model(best, output_dir / BEST_NAME).to(device, memory_format=memory_format(device))
             temperature = fit_temperature(*evaluate(model, splits.val, batch_size=settings.eval_batch_size))
             model.info = replace(model.info, temperature=temperature)
             split, batches = ("test", splits.test) if splits.test else ("val", splits.val)
             metrics = measure(
                 model, batches, split=split, batch_size=settings.eval_batch_size, in_train=splits.in_train
             )
-            report(output_dir, checkpoint, metrics, progress, splits)
+            finish_run(output_dir, best, metrics, progress, splits)
     distributed.shutdown()
 
 
@@ -219,7 +228,7 @@ def check_group(settings: Settings, splits: Splits, group: ProcessGroup) -> None
 
 
 def make_model(settings: Settings, splits: Splits, device: torch.device) -> nn.Module:
-    """The model to train, with its starting weights; what --weights loaded goes to the notes of `splits`."""
+    """The model to train, with its starting weights; appends a line on --weights to `splits.notes`."""
     model = create_model(
         settings.arch, len(splits.class_names), image_size=settings.image_size, dropout=settings.dropout
     )
@@ -325,19 +334,18 @@ def tensorboard_log(folder: str | None, group: ProcessGroup) -> Iterator[Callabl
         yield log
 
 
-def report(output_dir: Path, checkpoint: dict, metrics: dict, progress: resume.Progress, splits: Splits) -> None:
-    """Writes temperature and test metrics into the best checkpoint, the report's files, and prints the report."""
-    selected = {name: value for name, value in checkpoint["metrics"].items() if not name.startswith("test_")}
-    measured = {name: metrics[name] for name in ("accuracy", "macro_f1", "count") if splits.test}
-    checkpoint |= {"temperature": metrics["temperature"]}
-    checkpoint |= {"metrics": selected | {f"test_{name}": value for name, value in measured.items()}}
-    save_checkpoint(checkpoint, output_dir / BEST_NAME)
-    metrics |= {"epoch": checkpoint["epoch"], "val": selected}
-    title = f"{checkpoint['arch']} on {splits.trained_on}"
+def finish_run(output_dir: Path, best: dict, metrics: dict, progress: resume.Progress, splits: Splits) -> None:
+    """Adds temperature and test metrics to the best checkpoint, writes the report's files and prints the report."""
+    val_metrics = {name: value for name, value in best["metrics"].items() if not name.startswith("test_")}
+    test_metrics = {f"test_{name}": metrics[name] for name in ("accuracy", "macro_f1", "count") if splits.test}
+    best |= {"temperature": metrics["temperature"], "metrics": val_metrics | test_metrics}
+    save_checkpoint(best, output_dir / BEST_NAME)
+    metrics |= {"epoch": best["epoch"], "val": val_metrics}
+    title = f"{best['arch']} on {splits.trained_on}"
     files = reports.write_report(metrics, output_dir, progress.history, title=title)
     if not splits.test:
         print("\nThere is no test/: this report is on validation, which also chose epoch and temperature.")
-    print(f"\nBest epoch: {checkpoint['epoch']} of {progress.epoch}\n{reports.format_report(metrics)}")
+    print(f"\nBest epoch: {best['epoch']} of {progress.epoch}\n{reports.format_report(metrics)}")
     print(f"In {printable(output_dir.resolve())}: {', '.join((BEST_NAME, FINAL_NAME, *files))}")
     photo = "" if splits.trained_on == SAMPLE_SET else "photo.jpg "
     print(f'Next: python predict_emotion.py {photo}--checkpoint "{printable(output_dir / BEST_NAME)}"')

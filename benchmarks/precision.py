@@ -1,6 +1,8 @@
 """Does training in bfloat16 cost accuracy? The same epochs in bf16 and fp32, by the command line.
 
-python -m benchmarks.precision --data-dir fer2013 --arch cnn4_bn --epochs 3
+Usage::
+
+    python -m benchmarks.precision --data-dir fer2013 --arch cnn4_bn --epochs 3
 """
 
 import statistics

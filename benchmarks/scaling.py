@@ -29,8 +29,8 @@ from benchmarks import REPO
 from console import ArgumentParser, number, run_script
 from device import memory_format, pick_device, pick_precision
 from engine import distributed
-from engine.loop import TrainStep
 from engine.optim import make_optimizer
+from engine.step import TrainStep
 from errors import InputError
 from models import count_parameters, create_model, get_arch
 from preprocessing import to_input

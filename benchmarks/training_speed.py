@@ -35,9 +35,9 @@ from device import PRECISIONS, keep_freed_memory, limit_threads, pick_device, pi
 from engine import resume
 from engine.augment import parse_augment
 from engine.distributed import ALONE
-from engine.loop import TrainStep, train_one_epoch
 from engine.pretrained import train_mode
 from engine.settings import Settings
+from engine.step import TrainStep, train_one_epoch
 from errors import InputError
 from models import InputSpec, create_model, get_arch
 from splits import Batches, draw_order, load_splits
@@ -141,7 +141,7 @@ def measure_saving(settings: Settings, device: torch.device) -> float:
     progress, seconds = resume.Progress(), []
     names = ("lr", "train_loss", "train_acc", "val_loss", "val_acc", "images_per_s", "seconds")
     for epoch in (1, 2):
-        progress.add({"epoch": epoch} | dict.fromkeys(names, 0.5))
+        progress.record({"epoch": epoch} | dict.fromkeys(names, 0.5))
     with tempfile.TemporaryDirectory(dir=".") as folder:  # where training writes; /tmp may be in memory
         for _ in range(5):
             start = time.perf_counter()

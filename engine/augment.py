@@ -1,7 +1,11 @@
 """Augmentation of whole batches on the device, with named strengths.
 
-strengths = parse_augment("flip,rotation=10,translate=0.1")
-inputs = augment(images, spec, strengths, generator)        # uint8 (N, C, H, W) -> normalized float32
+Each arch's default strengths are in its Recipe in models.py.
+
+Example::
+
+    strengths = parse_augment("flip,rotation=10,translate=0.1")
+    inputs = augment(images, spec, strengths, generator)        # uint8 (N, C, H, W) -> normalized float32
 """
 
 from dataclasses import dataclass, fields

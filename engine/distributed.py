@@ -1,7 +1,9 @@
 """Several processes that train one model, as torchrun starts them: who this one is, and what they exchange.
 
-group, device = init(pick_device("auto"))   # one process alone, or one of torchrun's
-total = group.sum([loss], device)
+Example::
+
+    group, device = init(pick_device("auto"))   # one process alone, or one of torchrun's
+    total = group.sum([loss], device)
 """
 
 import contextlib

@@ -28,14 +28,14 @@ def evaluate(
     """Logits float32 (views, N, num_classes) and labels int64 (N,) of all images, in order, on the CPU.
 
     One view per image, or with `tta` (test-time augmentation) two: the image and its mirror image. Each process of the
-    group takes a shard, and all of them get the whole. Puts the model in evaluation mode.
+    group takes a shard, and every one gets all logits. Puts the model in evaluation mode.
     """
     model.eval()
     if len(batches) < group.world_size:
         group = ALONE  # too few to share: every process evaluates all
     device, logits, labels = device_of(model), [], []
-    own = torch.arange(*shard(0, len(batches), group.rank, group.world_size))
-    for images, targets in batches.iterate(batch_size, own):
+    positions = torch.arange(*shard(0, len(batches), group.rank, group.world_size))
+    for images, targets in batches.iterate(batch_size, positions):
         inputs = to_input(images, model.info.input_spec).contiguous(memory_format=memory_format(device))
         with autocast(device, precision):
             views = [model(view) for view in ([inputs, inputs.flip(-1)] if tta else [inputs])]
@@ -46,7 +46,7 @@ def evaluate(
 
 
 def to_log_probs(logits: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
-    """Logits (views, N, num_classes) -> log-probabilities (N, num_classes) of the mean over the views."""
+    """Logits (views, N, num_classes) -> logarithms (N, num_classes) of the probabilities, averaged over the views."""
     return F.log_softmax(logits / temperature, dim=2).logsumexp(0) - math.log(len(logits))
 
 
@@ -60,7 +60,7 @@ def fit_temperature(logits: torch.Tensor, labels: torch.Tensor) -> float:
     """The temperature by which logits (views, N, num_classes) have the lowest cross-entropy, from 0.5 to 5.
 
     Guo et al. 2017, arXiv:1706.04599; searched in steps of 1%. It stays 1 for fewer than 100 images: if all of a few
-    are right, the lowest temperature always wins.
+    are correct, the lowest one always wins.
     """
     if len(labels) < 100:
         return 1.0

@@ -19,8 +19,8 @@ from checkpoints import (
     save_checkpoint,
     without_folders,
 )
-from engine.loop import TrainStep
 from engine.settings import Settings
+from engine.step import TrainStep
 from errors import InputError, reason_of
 from reports import HISTORY_NAME, write_history
 
@@ -30,13 +30,13 @@ MAY_CHANGE = {"epochs", "device", "output_dir", "resume", "data_dir", "cache_dir
 
 @dataclass
 class Progress:
-    """How far a run has come: what is saved and restored besides the state of the TrainStep."""
+    """How far a run has come: what is saved of a run besides the state of its TrainStep."""
 
-    epoch: int = 0  # the last that is saved
+    epoch: int = 0  # the last one saved; 0: none yet
     history: list[dict] = field(default_factory=list)  # one row per epoch
     best: dict = field(default_factory=lambda: {"epoch": 0, "val_acc": -1.0, "val_loss": math.inf})
 
-    def add(self, row: dict) -> bool:
+    def record(self, row: dict) -> bool:
         """Appends the row of an epoch; True if it is the best so far, by accuracy, then by loss."""
         self.history.append(row)
         is_best = (row["val_acc"], -row["val_loss"]) > (self.best["val_acc"], -self.best["val_loss"])
@@ -55,7 +55,10 @@ class Progress:
 def save(
     output_dir: Path, step: TrainStep, progress: Progress, config: dict, fingerprint: dict, *, is_best: bool
 ) -> None:
-    """Writes the best checkpoint if the last epoch `is_best`, then the final one and the history."""
+    """Writes the best checkpoint if the last epoch `is_best`, then the final one and the history.
+
+    The first save of a new run moves an earlier run's best aside.
+    """
     row = progress.history[-1]
     metrics = {name: row[name] for name in ("val_loss", "val_acc", "train_loss", "train_acc")}
     checkpoint = make_checkpoint(step.eval_model, epoch=row["epoch"], metrics=metrics, config=without_folders(config))
@@ -70,8 +73,8 @@ def save(
         "best_metric": progress.best,
     }
     final = checkpoint | resumable | fingerprint
-    if progress.epoch == 0:
-        if (output_dir / FINAL_NAME).exists():  # of an earlier run, which stays whole if this fails for a full disk
+    if len(progress.history) == 1:
+        if (output_dir / FINAL_NAME).exists():  # first, so that a full disk fails before the earlier best is moved
             save_checkpoint(final, output_dir / FINAL_NAME)
         keep_previous(output_dir)
     if is_best:
@@ -167,7 +170,7 @@ def _load_state(checkpoint: dict, step: TrainStep) -> None:
 
 
 def _is_same_run(best: dict, final: dict) -> bool:
-    """Whether two checkpoints are of one run. Killed while saving, its best is one epoch ahead of its final."""
+    """Whether two checkpoints are of one run. If it was killed while saving, best is one epoch ahead of final."""
     if best["epoch"] not in (final["best_metric"]["epoch"], final["epoch"] + 1):
         return False
     parts = []

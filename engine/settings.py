@@ -11,7 +11,10 @@ from models import get_arch
 
 @dataclass(frozen=True)
 class Settings:
-    """What was given as a flag, else what the resumed run had, else the recipe of the arch, else the default."""
+    """Each value is the flag's, else the resumed run's, else the arch's recipe's, else the default of the parser.
+
+    train_emotion_cnn.get_args_parser explains them.
+    """
 
     data_dir: str
     val_fraction: float
@@ -53,11 +56,11 @@ class Settings:
 
     @property
     def eval_batch_size(self) -> int:
-        """Images per forward pass of validation: no more than training has in one pass."""
+        """Images per forward pass of validation: as many as training has in one."""
         return max(1, self.batch_size // self.grad_accum)
 
     def to_config(self) -> dict:
-        """What a checkpoint keeps of the settings; paths are made absolute."""
+        """The settings without output_dir and resume, as checkpoints keep them; paths are made absolute."""
         config = {name: value for name, value in asdict(self).items() if name not in ("output_dir", "resume")}
         for name in ("data_dir", "weights", "cache_dir", "tensorboard"):
             config[name] = config[name] and os.path.abspath(config[name])

@@ -1,7 +1,9 @@
 """A camera, or a file in its place: the newest frame, faces followed from frame to frame, smoothed probabilities.
 
-for pixels, results in watch(model, class_names, Camera("0")):      # results: [(face, prediction), ...]
-    ...
+Example::
+
+    for pixels, results in watch(model, class_names, Camera("0")):      # results: [(face, prediction), ...]
+        ...
 """
 
 import threading

@@ -1,7 +1,9 @@
 """Faces in photos and frames, found by OpenCV's detectors; OpenCV is an optional package.
 
-faces = find_faces(image)                       # largest first
-crop = crop_face(image, faces[0])               # square, framed as FER2013's images are
+Example::
+
+    faces = find_faces(image)                       # largest first
+    crop = crop_face(image, faces[0])               # square, framed as FER2013's images are
 """
 
 import os

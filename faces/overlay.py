@@ -1,6 +1,8 @@
 """Boxes, labels and bars on images and frames.
 
-image = draw_faces(pixels, [(face, prediction), ...])           # a PIL image, no smaller than `pixels`
+Example::
+
+    image = draw_faces(pixels, [(face, prediction), ...])           # a PIL image, no smaller than `pixels`
 """
 
 import os

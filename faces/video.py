@@ -1,7 +1,9 @@
 """Video files: their frames, the faces in them, an annotated copy and a timeline. OpenCV reads and writes them.
 
-for number, seconds, pixels in Video("clip.mp4"):       # uint8 (H, W, 3) in RGB order
-    ...
+Example::
+
+    for number, seconds, pixels in Video("clip.mp4"):       # uint8 (H, W, 3) in RGB order
+        ...
 """
 
 import contextlib

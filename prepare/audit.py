@@ -1,7 +1,9 @@
 """What is wrong with a folder of images: unreadable and blank ones, duplicates, also across splits or classes.
 
-found = audit("fer2013")                    # a dict of plain values, for audit.json
-print(format_audit(found))
+Example::
+
+    found = audit("fer2013")                    # a dict of plain values, for audit.json
+    print(format_audit(found))
 """
 
 import hashlib

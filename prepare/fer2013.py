@@ -1,6 +1,8 @@
 """FER2013 in any form that is passed around (archive, CSV, unpacked folder) -> <split>/<class>/ folders of images.
 
-counts, notes = import_fer2013(Path("archive.zip"), Path("fer2013"))    # fer2013/train/happy/Training_1206.jpg, ...
+Example::
+
+    counts, notes = import_fer2013(Path("archive.zip"), Path("fer2013"))    # fer2013/train/happy/Training_1206.jpg, ...
 """
 
 import csv

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_loop import CPU, augment, draw_images, norm_model, plain_model, state_of, to_batches
+from test_step import CPU, augment, draw_images, norm_model, plain_model, state_of, to_batches
 from torch.nn import functional as F
 
 from engine.evaluation import evaluate, fit_temperature, loss_and_accuracy, measure, to_log_probs

@@ -29,7 +29,7 @@ def parse(path):
 
 
 def imported(path, *, at_top=False):
-    """The modules that a file imports, such as "torch.nn" or "engine.loop"; `at_top`: outside functions only."""
+    """The modules that a file imports, such as "torch.nn" or "engine.step"; `at_top`: outside functions only."""
     tree, names = parse(path), set()
     inside = {id(part) for function in functions(tree) for part in ast.walk(function)} if at_top else ()
     for node in ast.walk(tree):
@@ -77,11 +77,11 @@ def test_walls(name):
 def test_the_walls_are_seen(tmp_path):
     file = tmp_path / "bad.py"
     file.write_text(
-        "import os\nif True:\n    import cv2\n\ndef f():\n    from engine import loop\n    import console\n"
+        "import os\nif True:\n    import cv2\n\ndef f():\n    from engine import step\n    import console\n"
     )
     assert imported(file, at_top=True) == {"os", "cv2"}
-    assert imported(file) == {"os", "cv2", "engine.loop", "console"}
-    assert not {"engine.loop", "console"} & may_import("faces.video")
+    assert imported(file) == {"os", "cv2", "engine.step", "console"}
+    assert not {"engine.step", "console"} & may_import("faces.video")
 
 
 @pytest.mark.parametrize("name", MODULES)

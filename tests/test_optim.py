@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from test_loop import augment, draw_images, norm_model, plain_model, sgd, state_of, train_epoch
+from test_step import augment, draw_images, norm_model, plain_model, sgd, state_of, train_epoch
 
-from engine.loop import TrainStep
 from engine.optim import Ema, make_optimizer, make_scheduler, steps_per_batch
+from engine.step import TrainStep
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,8 @@ from test_train import FILES, differing, load, read_metrics, same, train, train_
 
 from checkpoints import BEST_NAME, FINAL_NAME, PREVIOUS_NAME, V1_FEATURES, read_checkpoint
 from engine import resume
-from engine.loop import TrainStep
 from engine.optim import make_optimizer
+from engine.step import TrainStep
 from models import create_model
 from preprocessing import to_input
 from train_emotion_cnn import main
@@ -195,7 +195,7 @@ def test_the_gradient_scale_of_fp16(tmp_path):
     for _ in range(3):
         step(torch.zeros(4, 1, 32, 32, dtype=torch.uint8), torch.tensor([0, 1, 2, 0]))
     progress = resume.Progress()
-    progress.add({"epoch": 1, "val_loss": 1.0, "val_acc": 0.5, "train_loss": 1.0, "train_acc": 0.5})
+    progress.record({"epoch": 1, "val_loss": 1.0, "val_acc": 0.5, "train_loss": 1.0, "train_acc": 0.5})
     resume.save(tmp_path, step, progress, {"epochs": 2}, resume.fingerprint("", None), is_best=True)
     path = tmp_path / FINAL_NAME
     assert (

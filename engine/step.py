@@ -1,8 +1,10 @@
-"""The training step and the epoch.
+"""The training step and one epoch of steps. The loop over epochs, and when it stops, is in train_emotion_cnn.main.
 
-step = TrainStep(model, optimizer, augment)
-step.seed(0, epoch)
-means = train_one_epoch(step, splits.train, order, batch_size=64)      # {"loss": ..., "acc": ..., ...}
+Example::
+
+    step = TrainStep(model, optimizer, augment)
+    step.seed(0, epoch)
+    means = train_one_epoch(step, splits.train, order, batch_size=64)      # {"loss": ..., "acc": ..., ...}
 """
 
 import contextlib
@@ -26,7 +28,7 @@ from models import device_of
 from splits import Batches, batch_bounds
 
 CLASS_WEIGHTS = ("none", "balanced", "sqrt")
-TEACHER_SHARE = 0.8  # of the targets, if there are teachers
+TEACHER_SHARE = 0.8  # of a target that comes from a teacher
 
 
 def seed_for(purpose: str, seed: int, epoch: int, rank: int = 0) -> int:
@@ -38,7 +40,7 @@ def seed_for(purpose: str, seed: int, epoch: int, rank: int = 0) -> int:
 
 
 def make_class_weights(kind: str, counts: list[int]) -> list[float]:
-    """balanced: n / (classes * n_class), as S1 has it; sqrt: its square root, with mean 1 over the images."""
+    """balanced: n / (classes * n_class), as in scikit-learn; sqrt: its square root, with mean 1 over the images."""
     counts = np.array(counts, dtype=float)
     if kind == "none":
         return [1.0] * len(counts)
@@ -57,7 +59,7 @@ class TrainStep:
     `augment(images, generator=...)` maps uint8 images (N, C, H, W) to normalized float32 inputs. The loss is the
     cross-entropy with soft targets (N, num_classes), divided by the number of images:
 
-    - of a class, the target is 1 for itself, smoothed by `label_smoothing`, times `class_weights` (num_classes,);
+    - the target of a class is one-hot, smoothed by `label_smoothing`, times `class_weights` (num_classes,);
     - `mixup` blends each image and its target with another's, by a weight from Beta(mixup, mixup): Zhang et al.
       2018, arXiv:1710.09412;
     - with `teachers`, models in evaluation mode, TEACHER_SHARE of the targets are the probabilities that one of them,
@@ -126,19 +128,19 @@ class TrainStep:
         inputs = inputs.contiguous(memory_format=memory_format(self.device))
         teacher = self.teachers[int(torch.randint(len(self.teachers), ()))] if self.teachers else None
 
-        scale = self.group.world_size / (batch_size or len(labels))  # the wrapped model averages over processes
+        loss_scale = self.group.world_size / (batch_size or len(labels))  # a mean over the batch; DDP averages ranks
         passes = max(1, min(self.grad_accum, len(labels) // 2))  # batch-norm needs two images per pass
         loss_sum, correct = 0.0, 0
         parts = zip(*(tensor.tensor_split(passes) for tensor in (inputs, targets, labels)), strict=True)
         for number, (part, target, label) in enumerate(parts, 1):
             if teacher:
                 target = torch.lerp(target, self._probs_of(teacher, part), TEACHER_SHARE)
-            exchange = number == passes or self.group.world_size == 1  # gradients are exchanged once per step
-            with contextlib.nullcontext() if exchange else self.wrapped_model.no_sync():
+            sync_gradients = number == passes or self.group.world_size == 1  # gradients are exchanged once per step
+            with contextlib.nullcontext() if sync_gradients else self.wrapped_model.no_sync():
                 with autocast(self.device, self.precision):
                     logits = self.wrapped_model(part)
                 loss = F.cross_entropy(logits.float(), target, reduction="sum")
-                self.scaler.scale(loss * scale).backward()
+                self.scaler.scale(loss * loss_scale).backward()
             loss_sum = loss_sum + loss.detach()
             correct = correct + (logits.detach().argmax(1) == label).sum()
 
@@ -176,8 +178,8 @@ def train_one_epoch(
 ) -> dict[str, float]:
     """One epoch over the images at the positions `order` of `train`; `batch_size` counts those of all processes.
 
-    Returns loss and acc (a fraction), both per image over all processes, and images_per_s. Raises InputError if the
-    loss becomes NaN or infinite.
+    Returns loss and acc (a fraction), per augmented image and before its update, and images_per_s. Raises InputError if
+    the loss becomes NaN or infinite.
     """
     train_mode(step.model)
     group, loss_sum, correct, count, shown = step.group, 0.0, 0, 0, 0.0
@@ -192,7 +194,7 @@ def train_one_epoch(
             if now - shown > 0.5:  # reading a sum waits for the device, so only now and then
                 shown = now
                 mean = float(loss_sum) / count
-                if group.world_size == 1:  # a group must stop together, after the sum below
+                if group.world_size == 1:  # several raise together, after the sum below
                     check_finite(mean, title, step.lr)
                 bar.update(min(len(order), count * group.world_size) - bar.n)
                 bar.set_postfix(loss=f"{mean:.4f}", acc=f"{100 * int(correct) / count:.1f}%", refresh=False)

@@ -1,4 +1,4 @@
-"""engine/loop.py: the step against plain PyTorch, the epoch, and the seeds."""
+"""engine/step.py: the step against plain PyTorch, the epoch, and the seeds."""
 
 from types import SimpleNamespace
 
@@ -10,8 +10,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from engine.evaluation import evaluate, loss_and_accuracy
-from engine.loop import TEACHER_SHARE, TrainStep, make_class_weights, seed_for, train_one_epoch
 from engine.optim import make_optimizer
+from engine.step import TEACHER_SHARE, TrainStep, make_class_weights, seed_for, train_one_epoch
 from models import InputSpec, ModelInfo, create_model
 from preprocessing import to_input
 from splits import Batches
