@@ -13,6 +13,7 @@ from pathlib import Path
 
 import reports
 from console import ArgumentParser, make_output_dir, number, run_script
+from data import SAMPLE_SET, is_sample_set
 from device import PRECISIONS, pick_precision
 from engine.evaluation import measure
 from errors import InputError, printable
@@ -73,6 +74,8 @@ def main(argv: list[str] | None = None) -> None:
     )
     for note in data.notes:
         print(note)
+    if is_sample_set(data.paths) and model.info.trained_on != SAMPLE_SET:
+        print(f"note: these images are {SAMPLE_SET}, and the model was trained on {printable(model.info.trained_on)}")
     batches = Batches(data, rows, device)
     metrics = measure(
         model, batches, split=split, batch_size=args.batch_size, tta=args.tta, precision=precision, in_train=in_train

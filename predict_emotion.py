@@ -343,11 +343,15 @@ def draw_samples(model: nn.Module, args: argparse.Namespace) -> None:
     if not images:
         raise InputError(f"no image in {folder} can be read")
     predictions = predict_images(model, images, model.info.class_names, args.batch_size)
-    samples = [(image, name, *found[:2]) for image, name, found in zip(images, names, predictions, strict=True)]
-    right = sum(true == emotion for _, true, emotion, _ in samples)
-    title = f"{right} of {len(samples)} images of {printable(folder)} right ({model.info.arch})"
+    cells, right = [], 0
+    for image, name, (emotion, confidence, _) in zip(images, names, predictions, strict=True):
+        right += emotion == name
+        color = "tab:green" if emotion == name else "tab:red"
+        cells.append((image, f"{emotion} {confidence:.0f}%\ntrue: {name}", color))
+    rows = [cells[start : start + 5] for start in range(0, len(cells), 5)]
+    title = f"{right} of {len(cells)} images of {printable(folder)} right ({model.info.arch})"
     target = make_output_dir(args.output_dir) / "prediction_samples.png"
-    replace_file(target, lambda path: reports.plot_samples(samples, path, title=title))
+    replace_file(target, lambda path: reports.plot_grid(rows, path, title=title))
     print(f"{title}; drawn to {printable(target)}")
 
 

@@ -11,7 +11,6 @@ The challenge's PublicTest half becomes val/, its PrivateTest half test/. The ar
 fer2013.csv, icml_face_data.csv, a zip or tar.gz with one of those tables, or a folder with one of all these.
 """
 
-import argparse
 import contextlib
 import json
 import os
@@ -31,7 +30,7 @@ from prepare.fer2013 import download_fer2013, format_counts, import_fer2013
 
 
 def get_args_parser() -> ArgumentParser:
-    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__)
     commands = parser.add_subparsers(dest="command", metavar="{sample,fer2013,crop,audit}", required=True)
 
     command = commands.add_parser("sample", help="draw train/ and test/")
@@ -113,8 +112,9 @@ def run_audit(folder: Path, output_dir: Path) -> None:
     files = {
         "audit.txt": lambda path: path.write_text(report, encoding="utf-8"),
         "audit.json": lambda path: path.write_text(json.dumps(found, indent=1), encoding="utf-8"),
-        "audit.png": lambda path: draw_groups(found, path),
     }
+    if found["groups"]:
+        files["audit.png"] = lambda path: draw_groups(found, path)
     make_output_dir(output_dir)
     for name, write in files.items():
         replace_file(output_dir / name, write)

@@ -112,7 +112,7 @@ def format_report(metrics: dict) -> str:
         f"Expected calibration error: {100 * metrics['calibration']['ece']:.2f}%   {_describe_temperature(metrics)}",
         *_describe_duplicates(metrics),
         "",
-        f"{'':{width}}  precision     recall         F1   images",
+        f"{'':{width}}  precision     recall         F1     images",
     ]
     for name, row in metrics["per_class"].items():
         shares = "".join(f"{100 * row[key]:10.2f}%" for key in ("precision", "recall", "f1"))
@@ -169,7 +169,7 @@ def write_history(history: list[dict], path: Path) -> None:
 
 
 def _plain(text: str) -> str:
-    """`text` for matplotlib, which takes what stands between two dollar signs for a formula."""
+    """`text` for matplotlib, which takes text between two dollar signs for a formula."""
     return text.replace("$", r"\$")
 
 
@@ -198,7 +198,7 @@ def plot_history(history: list[dict], path: str | Path, *, title: str) -> None:
         axes.set_xlim(0.5, epochs[-1] + 0.5)
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
-        axes.legend()
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3)
     figure.savefig(path, format="png")
 
 
@@ -231,27 +231,27 @@ def plot_confusion_matrix(metrics: dict, path: str | Path) -> None:
 
 
 def plot_reliability(metrics: dict, path: str | Path) -> None:
-    """Accuracy over confidence, with the temperature and without it; on the diagonal confidence is accuracy."""
-    figure = _figure(6, 6.6)
-    axes, counts = figure.subplots(2, 1, height_ratios=(4, 1), sharex=True)
+    """Accuracy over confidence, with the temperature and without it; on the diagonal confidence is accuracy.
+
+    The area of a point is the number of images in its bin. Bins of fewer than 10 are left out: chance decides there.
+    """
+    figure = _figure(6, 6.4)
+    axes = figure.subplots()
     axes.plot([0, 100], [0, 100], color="gray", linestyle=":", label="perfectly calibrated")
-    for key, color, name in (
-        ("uncalibrated", "tab:orange", "without temperature"),
-        ("calibration", "tab:blue", f"temperature {metrics['temperature']:.2f}"),
-    ):
-        if key == "calibration" and metrics["temperature"] == 1:  # the same curve
-            continue
-        rows = metrics[key]["bins"]
+    curves = [("uncalibrated", "tab:orange", "without temperature")]
+    if metrics["temperature"] != 1:  # else the same curve again
+        curves.append(("calibration", "tab:blue", f"temperature {metrics['temperature']:.2f}"))
+    for key, color, name in curves:
+        rows = [row for row in metrics[key]["bins"] if row["count"] >= 10]
         confidence, accuracy = ([100 * row[column] for row in rows] for column in ("confidence", "accuracy"))
-        label = f"{name}: ECE {100 * metrics[key]['ece']:.1f}%"
-        axes.plot(confidence, accuracy, color=color, marker="o", label=label)
-        counts.plot(confidence, [row["count"] for row in rows], color=color, marker="o")
+        areas = [20 + 300 * row["count"] / metrics["count"] for row in rows]
+        axes.plot(confidence, accuracy, color=color, label=f"{name}: ECE {100 * metrics[key]['ece']:.1f}%")
+        axes.scatter(confidence, accuracy, areas, color=color, alpha=0.7)
     name = f"{metrics['arch']}, " if "arch" in metrics else ""
-    axes.set(ylabel="Accuracy (%)", title=f"{name}{_plain(metrics['split'])}: reliability", ylim=(-3, 103))
-    counts.set(xlabel="Confidence (%)", ylabel="Images", ylim=(0, None))
+    title = f"{name}{_plain(metrics['split'])}: reliability"
+    axes.set(xlabel="Confidence (%)", ylabel="Accuracy (%)", title=title, xlim=(-3, 103), ylim=(-3, 103))
     axes.grid(alpha=0.3)
-    counts.grid(alpha=0.3)
-    axes.legend()
+    figure.legend(loc="outside lower center", ncols=1)
     figure.savefig(path, format="png")
 
 
@@ -271,34 +271,15 @@ def plot_timeline(points: list[tuple], class_names: list[str], path: str | Path,
     figure.savefig(path, format="png")
 
 
-def plot_samples(samples: list[tuple[np.ndarray, str, str, float]], path: str | Path, *, title: str) -> None:
-    """A grid of (image uint8 (H, W) or (H, W, 3), true class or "", predicted class, confidence in percent)."""
-    columns = min(5, len(samples))
-    rows = -(-len(samples) // columns)
-    figure = _figure(2.1 * columns, 2.45 * rows + 0.5)
+def plot_grid(rows: list[list[tuple[np.ndarray, str, str]]], path: str | Path, *, title: str) -> None:
+    """Rows of (image uint8 (H, W) or (H, W, 3), text above it, color of the text)."""
+    columns = max(map(len, rows))
+    figure = _figure(2.1 * columns, 2.45 * len(rows) + 0.5)
     figure.suptitle(_plain(title))
-    for axes, (image, true, predicted, confidence) in zip(
-        figure.subplots(rows, columns, squeeze=False).flat, samples, strict=False
-    ):
-        axes.imshow(image, cmap="gray", vmin=0, vmax=255)
-        color = "black" if not true else "tab:green" if true == predicted else "tab:red"
-        text = f"{predicted} {confidence:.0f}%" + (f"\ntrue: {true}" if true else "")
-        axes.set_title(_plain(text), color=color, fontsize=9)
-    for axes in figure.axes:
-        axes.axis("off")
-    figure.savefig(path, format="png")
-
-
-def plot_rows(rows: list[list[tuple[np.ndarray, str]]], path: str | Path, *, title: str) -> None:
-    """Rows of (image uint8 (H, W), text above it); without rows, the title tells."""
-    columns = max(map(len, rows), default=4)
-    figure = _figure(1.5 * columns, 1.75 * max(1, len(rows)) + 0.5)
-    figure.suptitle(_plain(title if rows else f"{title}: none"))
-    grid = figure.subplots(max(1, len(rows)), columns, squeeze=False)
-    for axes, row in zip(grid, rows, strict=False):
-        for place, (image, text) in zip(axes, row, strict=False):
+    for axes, row in zip(figure.subplots(len(rows), columns, squeeze=False), rows, strict=True):
+        for place, (image, text, color) in zip(axes, row, strict=False):
             place.imshow(image, cmap="gray", vmin=0, vmax=255)
-            place.set_title(_plain(text), fontsize=7)
+            place.set_title(_plain(text), color=color, fontsize=9)
     for axes in figure.axes:
         axes.axis("off")
     figure.savefig(path, format="png")

@@ -179,7 +179,7 @@ def load_splits(
         spec=spec,
         trained_on=SAMPLE_SET if is_sample else printable(Path(data_dir).resolve().name),
         split_hash=hash_split((train, train_rows), (val or train, val_rows)),
-        val_source=f"{val.folder.name}/" if val else f"{100 * val_fraction:g}% of train/",
+        val_source=f"{val.folder.name}/" if val else "from train/",
         in_train=find_duplicates(train, test or val) if test or val else None,
         notes=_notes_on(train, val, test),
     )

@@ -191,7 +191,7 @@ def main(argv: list[str] | None = None) -> None:
             metrics = measure(
                 model, batches, split=split, batch_size=settings.eval_batch_size, in_train=splits.in_train
             )
-            finish_run(output_dir, best, metrics, progress, splits)
+            finish_run(settings, best, metrics, progress, splits)
     distributed.shutdown()
 
 
@@ -334,8 +334,9 @@ def tensorboard_log(folder: str | None, group: ProcessGroup) -> Iterator[Callabl
         yield log
 
 
-def finish_run(output_dir: Path, best: dict, metrics: dict, progress: resume.Progress, splits: Splits) -> None:
+def finish_run(settings: Settings, best: dict, metrics: dict, progress: resume.Progress, splits: Splits) -> None:
     """Adds temperature and test metrics to the best checkpoint, writes the report's files and prints the report."""
+    output_dir = Path(settings.output_dir)
     val_metrics = {name: value for name, value in best["metrics"].items() if not name.startswith("test_")}
     test_metrics = {f"test_{name}": metrics[name] for name in ("accuracy", "macro_f1", "count") if splits.test}
     best |= {"temperature": metrics["temperature"], "metrics": val_metrics | test_metrics}
@@ -347,8 +348,10 @@ def finish_run(output_dir: Path, best: dict, metrics: dict, progress: resume.Pro
         print("\nThere is no test/: this report is on validation, which also chose epoch and temperature.")
     print(f"\nBest epoch: {best['epoch']} of {progress.epoch}\n{reports.format_report(metrics)}")
     print(f"In {printable(output_dir.resolve())}: {', '.join((BEST_NAME, FINAL_NAME, *files))}")
-    photo = "" if splits.trained_on == SAMPLE_SET else "photo.jpg "
-    print(f'Next: python predict_emotion.py {photo}--checkpoint "{printable(output_dir / BEST_NAME)}"')
+    script = Path(__file__).resolve().with_name("predict_emotion.py")
+    script = script.name if script.parent == Path.cwd() else script
+    images = f'--data-dir "{printable(settings.data_dir)}"' if splits.trained_on == SAMPLE_SET else "photo.jpg"
+    print(f'Next: python {printable(script)} {images} --checkpoint "{printable(output_dir / BEST_NAME)}"')
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from data import find_classes, find_splits, walk_images
 from errors import InputError, printable
 from models import InputSpec
 from preprocessing import READABLE, in_chunks, read_image
-from reports import plot_rows
+from reports import plot_grid
 
 SIDE = 32  # pixels of the gray thumbnails that are compared
 BITS = 6  # of 64 in which the hashes of near-identical images may differ
@@ -245,6 +245,7 @@ def draw_groups(found: dict, path: Path, *, rows: int = 12, columns: int = 6) ->
     for group in found["groups"][:rows]:
         shown = mix_labels(group["labels"])[:columns]
         images = [read_image(group["files"][position], InputSpec(image_size=96))[0] for position in shown]
-        chosen.append([(image, printable(group["labels"][place])) for image, place in zip(images, shown, strict=True)])
+        texts = [printable(group["labels"][position]) for position in shown]
+        chosen.append([(image, text, "black") for image, text in zip(images, texts, strict=True)])
     name = printable(Path(found["folder"]).resolve().name)
-    plot_rows(chosen, path, title=f"The worst groups of duplicates in {name}")
+    plot_grid(chosen, path, title=f"The worst groups of duplicates in {name}")

@@ -126,7 +126,6 @@ LAUNCHER_FLAGS = {"--standalone", "--nproc-per-node", "--nnodes", "--node-rank",
 GONE_WORDS = r"""pictures?|colours?|normalis\w+|optimis\w+|licences?|centres?|grey|neighbours?|behaviours?
 says|said|eats?|learnt|twins?|beside|so many|whole numbers?|is no number|memory is short|but for|in the place of
 where there (?:is|are) (?:none|any)|from nothing|plain (?:loop|way)|of matrix product""".replace("\n", "|")
-STILL_IN_PYTHON = "centre"  # words of GONE_WORDS, as a regular expression, that *.py may still have
 
 
 def read_page(page):
@@ -288,12 +287,10 @@ def test_the_table_of_presets_is_as_the_code():
 
 def find_words(path):
     """["README.md, line 7: picture", ...] of a page or module."""
-    allowed = STILL_IN_PYTHON if path.suffix == ".py" else ""
     found = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         words = [match[0] for match in re.finditer(rf"\b(?:{GONE_WORDS})\b", line, re.IGNORECASE)]
-        kept = [word for word in words if not re.fullmatch(allowed, word, re.IGNORECASE)]
-        found += [f"{path.relative_to(REPO)}, line {number}: {word}" for word in kept]
+        found += [f"{path.relative_to(REPO)}, line {number}: {word}" for word in words]
     return found
 
 

@@ -184,18 +184,15 @@ def test_history_marks_the_epoch_that_was_saved(epochs, best, tmp_path, monkeypa
 @pytest.mark.parametrize("shape", [(24, 24), (24, 24, 3)], ids=["gray", "color"])
 def test_samples(count, shape, tmp_path):
     rng = np.random.default_rng(0)
-    samples = [
-        (rng.integers(0, 256, shape, dtype=np.uint8), ("", "happy", "a$b$c")[number % 3], "happy", 100 * rng.random())
-        for number in range(count)
-    ]
-    reports.plot_samples(samples, tmp_path / "samples.png", title="3 of $5$")
+    cells = [(rng.integers(0, 256, shape, dtype=np.uint8), f"a$b$c {number}", "black") for number in range(count)]
+    reports.plot_grid([cells, cells[:2]], tmp_path / "samples.png", title="3 of $5$")
     assert_image(tmp_path / "samples.png")
 
 
 def test_samples_show_gray_values_as_they_are(tmp_path):
     image = np.full((24, 24), 100, np.uint8)
     image[0, 0] = 140  # stretched to the range of the image, the rest would be black
-    reports.plot_samples([(image, "", "happy", 50.0)], tmp_path / "samples.png", title="t")
+    reports.plot_grid([[(image, "happy", "black")]], tmp_path / "samples.png", title="t")
     assert (assert_image(tmp_path / "samples.png", least=100) == 100).all(-1).mean() > 0.2
 
 

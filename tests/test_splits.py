@@ -182,7 +182,7 @@ def test_validation_is_a_share_of_train_if_there_is_no_folder(tmp_path):
         shutil.copy(root / "sad" / "sad_000.png", root / "sad" / f"again{number}.png")
     splits = load(tmp_path / "faces")
     assert splits.train.class_counts(2) == [6, 12] and splits.val.class_counts(2) == [2, 4] and splits.test is None
-    assert splits.val_source == "25% of train/" and splits.trained_on == "faces" and splits.notes == []
+    assert splits.val_source == "from train/" and splits.trained_on == "faces" and splits.notes == []
     assert splits.in_train is None
     pixels = [{images.numpy().tobytes() for images, _ in part.iterate(1)} for part in (splits.train, splits.val)]
     assert pixels[0].isdisjoint(pixels[1])

@@ -101,7 +101,7 @@ def test_all_files_are_written_and_named(default_run):
             image.load()
             assert image.format == "PNG" and min(image.size) > 400
     assert (folder / "classification_report.txt").read_text(encoding="utf-8") in out
-    assert "36 images to train, 4 to validate (10% of train/), 15 to test" in out
+    assert "36 images to train, 4 to validate (from train/), 15 to test" in out
     assert "3 classes: angry, happy, sad" in out and "cnn4_bn: 1,570,499 parameters" in out
     assert all(f"epoch {number}/3" in out for number in (1, 2, 3))
 
@@ -234,7 +234,7 @@ def test_unreadable_images_are_named_and_counted(data, tmp_path):
     out = train(data, tmp_path / "out", "--epochs", 1)
     assert str(data / "train" / "happy" / "broken.png") in out and str(data / "test" / "sad" / "cut.png") in out
     assert "left out 1 of 41" in out and "left out 1 of 16" in out and "3 classes" in out
-    assert "36 images to train, 4 to validate (10% of train/), 15 to test" in out
+    assert "36 images to train, 4 to validate (from train/), 15 to test" in out
 
 
 @pytest.mark.parametrize("split", ["val", "test"])
