@@ -65,8 +65,8 @@ class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
     """Shows the defaults that tell something."""
 
     def _get_help_string(self, action: argparse.Action) -> str:
-        is_plain = action.default in (None, False, argparse.SUPPRESS) or "default" in action.help
-        return action.help if is_plain else f"{action.help} (default: %(default)s)"
+        has_none = action.default is None or action.default is False or action.default == argparse.SUPPRESS
+        return action.help if has_none or "default" in action.help else f"{action.help} (default: %(default)s)"
 
 
 class ArgumentParser(argparse.ArgumentParser):

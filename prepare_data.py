@@ -116,6 +116,7 @@ def run_audit(folder: Path, output_dir: Path) -> None:
     if found["groups"]:
         files["audit.png"] = lambda path: draw_groups(found, path)
     make_output_dir(output_dir)
+    (output_dir / "audit.png").unlink(missing_ok=True)  # of an earlier audit
     for name, write in files.items():
         replace_file(output_dir / name, write)
     print(f"{report}In {printable(output_dir.resolve())}: {', '.join(files)}")

@@ -134,6 +134,7 @@ def parse_settings(argv: list[str] | None) -> tuple[Settings, dict | None]:
     settings = replace(Settings(**vars(parser.parse_args(argv))), resume=str(path))
     resume.check_unchanged(settings, checkpoint)
     settings.check_teachers()
+    resume.check_folder(settings)
     return settings, checkpoint
 
 
@@ -141,15 +142,17 @@ def main(argv: list[str] | None = None) -> None:
     settings, resumed = parse_settings(argv)
     group, device = distributed.init(pick_device(settings.device))
     print_main = partial(print, flush=True) if group.is_main else lambda *_: None
-    output_dir = make_output_dir(settings.output_dir)
+    output_dir = Path(settings.output_dir)
+    if group.is_main:
+        make_output_dir(output_dir)
     seed_torch(settings)
 
     with group.main_first():  # the first process fills the cache of decoded images
         splits = load_data(settings, device)
-    check_group(settings, splits, group)
+    fingerprint = resume.fingerprint(splits.split_hash, settings.teacher)
+    check_group(settings, splits, fingerprint, group)
     model = make_model(settings, splits, device)
     step = make_step(settings, splits, model, group)
-    fingerprint = resume.fingerprint(splits.split_hash, settings.teacher)
     progress = resume.Progress()
     if resumed:
         progress = resume.restore(resumed, settings.resume, step, fingerprint)
@@ -216,14 +219,16 @@ def load_data(settings: Settings, device: torch.device) -> Splits:
     )
 
 
-def check_group(settings: Settings, splits: Splits, group: ProcessGroup) -> None:
+def check_group(settings: Settings, splits: Splits, fingerprint: dict, group: ProcessGroup) -> None:
     """Raises InputError if there is too little for every process, or if they were given different things."""
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0 and settings.resume is None:
+        raise InputError("torchrun's restart would train anew over the last checkpoint; pass --resume, or 0 restarts")
     if min(settings.batch_size, len(splits.train)) < 2 * group.world_size:
         raise InputError(
             f"--batch-size {settings.batch_size} of {len(splits.train)} images to train on is too few for "
             f"{group.world_size} processes: each needs two per step"
         )
-    group.check_same((splits.split_hash, splits.class_names), "images to train on")
+    group.check_same((fingerprint, splits.class_names), "images to train on, or teachers")
     group.check_same(without_folders(settings.to_config()), "flags")
 
 
@@ -307,7 +312,7 @@ def resume_hint(output_dir: Path, progress: resume.Progress, group: ProcessGroup
         launch = "python" if group.world_size == 1 else f"torchrun --standalone --nproc-per-node {group.world_size}"
         hint = f'go on with: {launch} train_emotion_cnn.py --resume "{printable(output_dir / FINAL_NAME)}"'
         if progress.epoch == 0:
-            hint = f"no epoch had ended, so there is nothing to resume; {printable(output_dir)} is as it was"
+            hint = "no epoch had ended, so there is nothing to resume"
         if group.is_main:
             print(f"\nstopped; {hint}", file=sys.stderr, flush=True)
         raise

@@ -54,12 +54,21 @@ class ProcessGroup:
 
     @contextlib.contextmanager
     def main_first(self) -> Iterator[None]:
-        """Runs the block in the first process of each machine, then in the others, which find its cache."""
+        """Runs the block in the first process of each machine, then in the others, which find its cache.
+
+        After an InputError in the first the others run it too, so that each of them raises its own.
+        """
+        failure = None
         if self.local_rank > 0:
             dist.barrier()
-        yield
+        try:
+            yield
+        except InputError as error:
+            failure = error
         if self.local_rank == 0 and self.world_size > 1:
             dist.barrier()
+        if failure:
+            raise failure
 
     def check_same(self, value, what: str) -> None:
         """Raises InputError if `value` is not the same in every process."""
@@ -92,7 +101,7 @@ def init(device: torch.device) -> tuple[ProcessGroup, torch.device]:
     """This process's group by torchrun's variables, or ALONE, and its device.
 
     With CUDA every process of a machine takes its own GPU, and NCCL carries the gradients; otherwise gloo does.
-    Raises InputError for fewer GPUs than processes, and for a restart that would train over the last checkpoint.
+    Raises InputError for fewer GPUs than processes.
     """
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return ALONE, device

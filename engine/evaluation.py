@@ -39,9 +39,9 @@ def evaluate(
         inputs = to_input(images, model.info.input_spec).contiguous(memory_format=memory_format(device))
         with autocast(device, precision):
             views = [model(view) for view in ([inputs, inputs.flip(-1)] if tta else [inputs])]
-        logits.append(torch.stack(views).float().cpu())
-        labels.append(targets.cpu())
-    parts = group.gather((torch.cat(logits, 1), torch.cat(labels)))
+        logits.append(torch.stack(views).float())
+        labels.append(targets)
+    parts = group.gather((torch.cat(logits, 1).cpu(), torch.cat(labels).cpu()))
     return torch.cat([part for part, _ in parts], 1), torch.cat([part for _, part in parts])
 
 

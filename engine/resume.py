@@ -131,6 +131,16 @@ def check_unchanged(settings: Settings, checkpoint: dict) -> None:
         )
 
 
+def check_folder(settings: Settings) -> None:
+    """Raises InputError if --output-dir holds another final checkpoint than the resumed one."""
+    final = Path(settings.output_dir, FINAL_NAME)
+    if final.exists() and not final.samefile(settings.resume):
+        raise InputError(
+            f"--resume: {settings.output_dir} holds the final checkpoint of a run already; go on with that, or choose "
+            "another --output-dir"
+        )
+
+
 def restore(checkpoint: dict, path: str, step: TrainStep, fingerprint: dict) -> Progress:
     """Loads the final checkpoint, read from `path`, into `step` and returns how far it had come.
 
@@ -182,7 +192,7 @@ def _is_same_run(best: dict, final: dict) -> bool:
 
 
 def copy_run(path: str, output_dir: Path) -> None:
-    """Copies a resumed run's two checkpoints to where it goes on; another folder's earlier best is kept there."""
+    """Copies a resumed run's two checkpoints to another folder, in which an earlier best is kept."""
     path = Path(path)
     if path.parent.resolve() != output_dir.resolve():
         keep_previous(output_dir)

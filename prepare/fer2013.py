@@ -149,7 +149,9 @@ def unpack(archive: Path, folder: Path) -> None:
         with unzip(archive, "rb") as stream, tarfile.TarFile(fileobj=stream) as file:
             for count, member in enumerate(file, start=1):
                 _check_size(archive, count, member.offset_data + member.size)
-                _check_member(archive, member.name, folder, is_plain=member.isfile() or member.isdir())
+                _check_member(
+                    archive, member.name, folder, is_plain=member.isdir() or member.isfile() and not member.issparse()
+                )
                 file.extract(member, folder, filter="data")
     except (InputError, MemoryError):
         raise

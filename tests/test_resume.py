@@ -125,7 +125,7 @@ def test_ctrl_c_in_the_first_epoch(function, trained, command, tmp_path):
     for name in ("empty", "earlier"):
         before = {path: path.read_bytes() for path in (tmp_path / name).iterdir()}
         err = interrupt(main, [*command("plateau", tmp_path / name), "--seed", "3"], function)
-        assert "nothing to resume" in err and "as it was" in err and "--resume" not in err
+        assert "nothing to resume" in err and "--resume" not in err
         assert {path: path.read_bytes() for path in (tmp_path / name).iterdir()} == before
 
 
@@ -251,17 +251,18 @@ def test_flags_that_agree_are_accepted(trained, tmp_path, monkeypatch):
     assert load(tmp_path / "out" / FINAL_NAME)["config"]["data_dir"] == str(tmp_path / "moved")
 
 
-def test_a_copy_of_the_final_checkpoint(whole, command, tmp_path):
-    interrupt(main, command("plateau", tmp_path), "format_row")
-    for name in (BEST_NAME, FINAL_NAME):
-        shutil.copy(tmp_path / name, tmp_path / f"copy of {name}")
-    interrupt(main, ["--resume", "--output-dir", tmp_path], "format_row", call=2)
-    shutil.copy(tmp_path / f"copy of {BEST_NAME}", tmp_path / BEST_NAME)
-    err = interrupt(main, ["--resume", tmp_path / f"copy of {FINAL_NAME}"], "augment")
-    go_on(*printed_command(err))
-    for name in (BEST_NAME, FINAL_NAME):
-        (tmp_path / f"copy of {name}").unlink()
-    assert_same_run(tmp_path, whole("plateau"))
+def test_an_earlier_copy_never_overwrites_a_later_final_checkpoint(whole, command, tmp_path):
+    now, copy = tmp_path / "now", tmp_path / "copy"
+    interrupt(main, command("plateau", now), "format_row")
+    shutil.copytree(now, copy)
+    go_on("--resume", "--output-dir", now)
+    shutil.copy(copy / FINAL_NAME, now / "copy.pth")
+    for path in (copy / FINAL_NAME, now / "copy.pth"):
+        assert_refused(main, ["--resume", path, "--output-dir", now], "--output-dir", "already")
+    (now / "copy.pth").unlink()
+    assert_same_run(now, whole("plateau"))
+    go_on("--resume", copy / FINAL_NAME)
+    assert_same_run(copy, whole("plateau"))
 
 
 def test_a_disk_that_is_full_at_the_first_save_leaves_the_run_before(trained, command, tmp_path, monkeypatch):

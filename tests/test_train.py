@@ -40,7 +40,7 @@ def same(left, right):
     if isinstance(left, dict) and isinstance(right, dict):
         keys = left.keys() - TIMES
         return keys == right.keys() - TIMES and all(same(left[key], right[key]) for key in keys)
-    if isinstance(left, list | tuple):
+    if isinstance(left, list | tuple) and isinstance(right, list | tuple):
         return len(left) == len(right) and all(same(*pair) for pair in zip(left, right, strict=True))
     return left == right
 
