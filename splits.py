@@ -214,7 +214,7 @@ def load_split(
     folders = find_splits(data_dir)
     is_share = split != "test" and "train" in folders and "val" not in folders
     if folders and not is_share and split not in folders:
-        raise InputError(f"no folder {Path(data_dir) / split}; pass --split {' or '.join(reversed(folders))}")
+        raise InputError(f"no folder {Path(data_dir) / split}; pass --split {'test' if 'test' in folders else 'val'}")
     folder = folders["train" if is_share else split] if folders else data_dir
     options = {"class_names": info.class_names, "cache_dir": cache_dir, "strict": strict}
     data, in_train = FolderImages(folder, info.input_spec, **options), None

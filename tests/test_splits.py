@@ -289,7 +289,7 @@ def test_the_shares_are_those_of_training(tmp_path):
         data, rows, name, in_train = load_one(tmp_path, split)
         assert (name, in_train) == (split, None) and data.class_names == INFO.class_names
         assert np.array_equal(data.images[rows], next(batches.iterate(100))[0])
-    assert "--split train" in refusal(load_one, tmp_path, "test")
+    assert "--split val" in refusal(load_one, tmp_path, "test")
     draw_folder(tmp_path / "few" / "train", {"angry": 1, "sad": 1}, 8)
     assert "too few" in refusal(load_one, tmp_path / "few", "val")
 
@@ -313,7 +313,7 @@ def test_a_split_folder_is_measured_whole_and_compared_with_train(tmp_path):
     assert in_train is None and "were not looked for" in data.notes[0]
     shutil.rmtree(tmp_path / "train")
     assert load_one(tmp_path, "test")[0].notes == []
-    assert "--split test or val" in refusal(load_one, tmp_path, "train")
+    assert "--split test" in refusal(load_one, tmp_path, "train")
 
 
 def test_a_folder_of_class_folders_is_used_as_it_is(tmp_path):
