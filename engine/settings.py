@@ -3,7 +3,7 @@
 import os
 from dataclasses import asdict, dataclass
 
-from checkpoints import BEST_NAME, FINAL_NAME, PREVIOUS_NAME
+from checkpoints import BEST_NAME, FINAL_NAME, PATHS, PREVIOUS_NAME
 from engine.augment import parse_augment
 from errors import InputError
 from models import get_arch
@@ -61,10 +61,12 @@ class Settings:
 
     def to_config(self) -> dict:
         """The settings without output_dir and resume, as checkpoints keep them; paths are made absolute."""
+
+        def absolute(path):
+            return [absolute(each) for each in path] if isinstance(path, list) else path and os.path.abspath(path)
+
         config = {name: value for name, value in asdict(self).items() if name not in ("output_dir", "resume")}
-        for name in ("data_dir", "weights", "cache_dir", "tensorboard"):
-            config[name] = config[name] and os.path.abspath(config[name])
-        return config | {"teacher": self.teacher and [os.path.abspath(path) for path in self.teacher]}
+        return config | {name: absolute(config[name]) for name in PATHS}
 
     def check(self) -> None:
         """Raises InputError for flags that contradict each other and for files that are missing."""
