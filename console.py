@@ -23,6 +23,7 @@ def run_script(main: Callable[[], int | None]) -> None:
             stream.reconfigure(errors="replace")  # a terminal that can't show a bar or a name still shows the rest
     try:
         code = main() or 0
+        sys.stdout.flush()
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         code = 2

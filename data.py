@@ -15,6 +15,8 @@ import os
 import sys
 import time
 import uuid
+from collections import Counter
+from importlib.util import find_spec
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -26,7 +28,8 @@ from models import InputSpec
 from preprocessing import decode_paths, in_chunks
 
 CACHE_VERSION = 5  # raise it whenever decoding or the cache's layout changes
-EXTENSIONS = {".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm", ".pbm"}
+EXTENSIONS = {".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".avif"}
+EXTENSIONS |= {".ppm", ".pgm", ".pbm"} | ({".heic", ".heif"} if find_spec("pillow_heif") else set())
 SAMPLE_PREFIX, SAMPLE_SET = "drawing_", "the sample set of drawings"  # its files' names, what checkpoints call it
 SPLIT_NAMES = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 _CHUNK_BYTES = 2**22  # of images decoded by one task
@@ -88,8 +91,24 @@ def find_splits(folder: str | Path) -> dict[str, Path]:
     return {split: found[split] for split in ("train", "val", "test") if split in found}
 
 
+def _ending(entry: os.DirEntry) -> str:
+    return os.path.splitext(entry.name)[1].lower()
+
+
 def walk_images(folder: str | Path) -> list[os.DirEntry]:
     """Files below `folder` that are images by their ending, sorted by path; links are followed, loops are not."""
+    return sorted((entry for entry in _walk(folder) if _ending(entry) in EXTENSIONS), key=lambda entry: entry.path)
+
+
+def describe_others(folder: str | Path) -> str:
+    """How many files below `folder` are no images, by their ending, such as "5 .heic, 2 .txt"; "" without any."""
+    counts = Counter(_ending(entry) or "without an ending" for entry in _walk(folder))
+    others = [f"{count:,} {ending}" for ending, count in counts.most_common() if ending not in EXTENSIONS]
+    hint = " (HEIC needs: pip install pillow-heif)" if {".heic", ".heif"} & counts.keys() - EXTENSIONS else ""
+    return ", ".join(others) + hint
+
+
+def _walk(folder: str | Path) -> list[os.DirEntry]:
     found, folders, seen = [], [str(folder)], set()
     while folders:
         current = folders.pop()
@@ -100,9 +119,9 @@ def walk_images(folder: str | Path) -> list[os.DirEntry]:
         for entry in _scan(current):
             if _is_folder(entry):
                 folders.append(entry.path)
-            elif os.path.splitext(entry.name)[1].lower() in EXTENSIONS:
+            else:
                 found.append(entry)
-    return sorted(found, key=lambda entry: entry.path)
+    return found
 
 
 def list_images(folder: str | Path, class_names: list[str]) -> list[ImageFile]:
@@ -121,7 +140,8 @@ def list_images(folder: str | Path, class_names: list[str]) -> list[ImageFile]:
         class_folder = str(Path(folder) / name)
         entries, start = walk_images(class_folder), len(class_folder) - len(name)
         if not entries:
-            raise InputError(f"the class folder {class_folder} holds no images; fill or remove it")
+            held = describe_others(class_folder) or "no files"
+            raise InputError(f"the class folder {class_folder} holds no images ({held}); fill or remove it")
         for entry in entries:
             key = [entry.path[start:]]
             with contextlib.suppress(OSError):  # a dangling link is listed, so that decoding names it
@@ -205,6 +225,8 @@ class FolderImages:
         if lines:
             self.notes += [*lines.values()][:50] + [f"... and {len(lines) - 50} more"] * (len(lines) > 50)
             self.notes.append(f"left out {len(lines)} of {len(listed)} images in {printable(self.folder)}")
+        if others := describe_others(self.folder):
+            self.notes.append(f"not read in {printable(self.folder)}: {others}")
 
     def _load_or_build(self, listed: list[ImageFile], cache_dir: Path) -> tuple[np.ndarray, dict]:
         """The images and {"shape", "digests", "unreadable"}, from the cache, or decoded into it or into memory."""

@@ -8,6 +8,7 @@ Example::
 
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,8 @@ from data import SAMPLE_SET
 from device import memory_format, pick_device
 from errors import InputError, printable
 from export.formats import ExportedModel, is_exported, read_exported
-from faces.detector import CROP_SIZE, SMALLEST, Face, crop_face, find_faces, opencv_problem
+from faces.align import Face, align_face
+from faces.detector import CROP_SIZE, find_faces
 from models import InputSpec, device_of
 from preprocessing import in_chunks, read_image, read_whole, to_input
 
@@ -30,17 +32,23 @@ BUNDLED = Path(__file__).resolve().parent / "weights" / "emotion_model.pth"
 Prediction = tuple[str, float, dict[str, float]]
 
 
-def find_checkpoint(path: str | Path | None = None) -> Path:
+def find_checkpoint(path: str | Path | None = None, *, photos: bool = False) -> Path:
     """`path`, or if it is None the best checkpoint in the current folder, else the bundled model.
 
-    Prints on standard error which one was found; raises InputError if there is none.
+    For `photos` a best checkpoint that was trained on the sample set of drawings is skipped. Prints on standard error
+    which one was found; raises InputError if there is none.
     """
     if path is not None:
         return Path(path)
+    reason = ""
     for found in (Path(BEST_NAME), BUNDLED):
-        if os.path.isfile(found):
-            print(f"using {printable(found)}", file=sys.stderr)
-            return found
+        if not os.path.isfile(found):
+            continue
+        if photos and found != BUNDLED and read_checkpoint(found)["trained_on"] == SAMPLE_SET:
+            reason = f", since {BEST_NAME} was trained on drawings (to use it, name it with --checkpoint)"
+            continue
+        print(f"using {printable(found)}{reason}", file=sys.stderr)
+        return found
     raise InputError(f"no {BEST_NAME} here: train one with train_emotion_cnn.py, or name one with --checkpoint PATH")
 
 
@@ -54,12 +62,12 @@ def load_model(
 ) -> tuple[nn.Module, list[str]]:
     """The model of a checkpoint or an exported file, in evaluation mode on `device`, and its class names.
 
-    Without `path`: best_emotion_model.pth in the current folder, else weights/emotion_model.pth. `model.info`
-    is its ModelInfo. TorchScript and torch.export files can carry code, and are loaded only with `trust`. For another
-    tool's weights of one of our architectures, pass their `arch`, and `class_names` in the order of the logits; images
-    are preprocessed as for ours. Raises InputError (a ValueError).
+    Without `path`: best_emotion_model.pth in the current folder, unless it was trained on the sample set of drawings,
+    else weights/emotion_model.pth. `model.info` is its ModelInfo. TorchScript and torch.export files can carry code,
+    and are loaded only with `trust`. For another tool's weights of one of our architectures, pass their `arch`, and
+    `class_names` in the order of the logits; images are preprocessed as for ours. Raises InputError (a ValueError).
     """
-    model, _ = open_model(path, device, trust=trust, arch=arch, class_names=class_names)
+    model, _ = open_model(path, device, trust=trust, arch=arch, class_names=class_names, photos=True)
     return model, model.info.class_names
 
 
@@ -70,14 +78,15 @@ def open_model(
     trust: bool = False,
     arch: str | None = None,
     class_names: list[str] | None = None,
+    photos: bool = False,
 ) -> tuple[nn.Module, dict]:
     """As load_model, but returns the model and the whole checkpoint or the exported file's info, a dict.
 
-    Prints a note on standard error if the model was trained on the sample set of drawings.
+    `photos` as for find_checkpoint. Prints a note on standard error if the model was trained on drawings.
     """
     if (arch is None) != (class_names is None):
         raise InputError("arch and class_names go together: they tell what another tool's weights are")
-    path = find_checkpoint(path)
+    path = find_checkpoint(path, photos=photos)
     if is_exported(path):
         if arch is not None:
             raise InputError(f"{path} is an exported file, which has its own arch and class names")
@@ -100,42 +109,54 @@ def open_model(
     return model, info
 
 
-def predict_image(model: nn.Module, image, class_names: list[str]) -> Prediction:
+def predict_image(model: nn.Module, image, class_names: list[str] | None = None, *, faces: str = "auto") -> Prediction:
     """(predicted class, its confidence in percent, dict of class name to percent in class order).
 
-    `image` is a path, a PIL image, or a uint8 array in RGB order (H, W, 3) or gray (H, W); the whole of it is taken
-    as one face. Raises ValueError that names an image which can't be read.
+    `image` is a path, a PIL image, or a uint8 array in RGB order (H, W, 3) or gray (H, W). With `faces` "auto" an image
+    whose longer side is at most 100 pixels, or the model's image_size, is taken whole, as the crop of a face; in larger
+    ones the largest face is found and classified. If there is none, all of the image is, with a UserWarning. "on" looks
+    for a face in small images too, "off" takes all of any image. `class_names` defaults to the model's own. Raises
+    ValueError that names an image which can't be read.
     """
-    return predict_images(model, [image], class_names)[0]
+    return predict_images(model, [image], class_names, faces=faces)[0]
 
 
 def predict_images(
-    model: nn.Module, images: Iterable, class_names: list[str], batch_size: int = 64
+    model: nn.Module,
+    images: Iterable,
+    class_names: list[str] | None = None,
+    batch_size: int = 64,
+    *,
+    faces: str = "auto",
 ) -> list[Prediction]:
     """`predict_image` for many images, in batches; the same three for each, in the order given."""
     if isinstance(images, str | os.PathLike | np.ndarray) or not isinstance(images, Iterable):  # a PIL image is none
         raise InputError("predict_images takes a list of images; for one, call predict_image")
-    _check_classes(model, class_names)
-    found = classify(model, list(images), make_finder(model.info.input_spec), batch_size)
-    return [to_prediction(probs, class_names) for _, probs in found]
+    class_names, spec = _check_classes(model, class_names), model.info.input_spec
+    find = make_finder(spec, faces)
+
+    def find_one(source) -> Iterator[tuple[View, np.ndarray]]:
+        view, pixels = next(find(source))  # of the largest face
+        if pixels is None:
+            name = printable(source) if isinstance(source, str | os.PathLike) else "the image"
+            warnings.warn(f"no face found in {name}, so all of it was classified", stacklevel=2)
+            view, pixels = View(source), read_image(source, spec)
+        yield view, pixels
+
+    return [to_prediction(probs, class_names) for _, probs in classify(model, list(images), find_one, batch_size)]
 
 
 def predict_faces(
-    model: nn.Module,
-    image,
-    class_names: list[str],
-    *,
-    min_size: int | None = None,
-    yunet: str | Path | None = None,
+    model: nn.Module, image, class_names: list[str] | None = None, *, min_size: int | None = None
 ) -> list[dict]:
-    """Every face in an image, the largest first; an empty list if there is none. Needs OpenCV.
+    """Every face in an image, the largest first; an empty list if there is none.
 
-    Each is {"box": (left, top, width, height) in pixels, "score": the detector's own, "emotion", "confidence" in
-    percent, "probs": class name to percent}. `image` as for predict_image, `min_size` and `yunet` as for
-    faces.detector.find_faces. Raises ValueError if the image can't be read or OpenCV is missing.
+    Each is {"box": (left, top, width, height) in pixels, "score": the detector's, from 0 to 1, "emotion", "confidence"
+    in percent, "probs": class name to percent}. `image` and `class_names` as for predict_image, `min_size` as for
+    faces.detector.find_faces. Raises ValueError if the image can't be read.
     """
-    _check_classes(model, class_names)
-    found = classify(model, [image], make_finder(model.info.input_spec, "on", min_size=min_size, yunet=yunet))
+    class_names = _check_classes(model, class_names)
+    found = classify(model, [image], make_finder(model.info.input_spec, "on", min_size))
     faces = [(view.face, to_prediction(probs, class_names)) for view, probs in found if view.face]
     return [
         {"box": face.box, "score": face.score, "emotion": emotion, "confidence": confidence, "probs": all_probs}
@@ -153,13 +174,15 @@ def crop_largest_face(path: str | Path, min_size: int | None = None) -> np.ndarr
         return pixels
     found = find_faces(pixels, min_size=min_size)
     if not found:
-        raise InputError(f"no upright face of {min_size or SMALLEST} pixels or more is found in {path}")
-    return crop_face(pixels, found[0])
+        raise InputError(f"no face is found in {path}")
+    return align_face(pixels, found[0])
 
 
-def _check_classes(model: nn.Module, class_names: list[str]) -> None:
+def _check_classes(model: nn.Module, class_names: list[str] | None) -> list[str]:
+    class_names = model.info.class_names if class_names is None else class_names
     if len(class_names) != model.info.num_classes:
         raise InputError(f"the model has {model.info.num_classes} classes, but class_names has {len(class_names)}")
+    return class_names
 
 
 @torch.inference_mode()
@@ -195,34 +218,32 @@ class View:
     time: float | None = None
 
 
-Finder = Callable[[object], list[tuple[View, np.ndarray | None]]]
+Finder = Callable[[object], Iterator[tuple[View, np.ndarray | None]]]
 
 
-def make_finder(
-    spec: InputSpec, faces: str = "off", *, min_size: int | None = None, yunet: str | Path | None = None
-) -> Finder:
+def make_finder(spec: InputSpec, faces: str = "off", min_size: int | None = None, *, turns: bool = True) -> Finder:
     """A function from an image to its views, each with pixels uint8 (C, H, W) as read_image makes them.
 
     faces "off" takes the whole image, "on" every face in it, "auto" every face, except that it takes the whole of
-    images of at most 100 pixels, which are crops of faces already, and of all images if OpenCV is missing. An image
-    without a face is one view without pixels. Raises InputError if the detector can't be used, or if OpenCV is missing
-    and faces is "on" or `yunet` is given.
+    images whose longer side is at most 100 pixels or spec.image_size, which are crops of faces already. An image
+    without a face is one view without pixels. `min_size` and `turns` as for find_faces.
     """
-    if faces == "on" or (faces == "auto" and yunet):
-        find_faces(np.zeros((32, 32, 3), np.uint8), yunet=yunet)  # so that a broken detector shows once, and first
+    if faces not in ("auto", "on", "off"):
+        raise InputError(f'faces must be "auto", "on" or "off", not {faces!r}')
 
-    def find(source) -> list[tuple[View, np.ndarray | None]]:
+    def find(source) -> Iterator[tuple[View, np.ndarray | None]]:
         if faces == "off":
-            return [(View(source), read_image(source, spec))]
+            yield View(source), read_image(source, spec)
+            return
         pixels = read_whole(source)
-        if faces == "auto" and max(pixels.shape[:2]) <= CROP_SIZE:
-            return [(View(source, "crop"), read_image(pixels, spec))]
-        if faces == "auto" and not yunet and opencv_problem():  # asked for here, so that crops don't wait for OpenCV
-            return [(View(source), read_image(pixels, spec))]
-        views = []
-        for number, face in enumerate(find_faces(pixels, min_size=min_size, yunet=yunet), 1):
-            views.append((View(source, "face", number, face), read_image(crop_face(pixels, face), spec)))
-        return views or [(View(source, "none"), None)]
+        if faces == "auto" and max(pixels.shape[:2]) <= max(CROP_SIZE, spec.image_size):
+            yield View(source, "crop"), read_image(pixels, spec)
+            return
+        found = find_faces(pixels, min_size=min_size, turns=turns)
+        for number, face in enumerate(found, 1):
+            yield View(source, "face", number, face), read_image(align_face(pixels, face), spec)
+        if not found:
+            yield View(source, "none"), None
 
     return find
 
@@ -232,7 +253,7 @@ def _find_all(sources: list, find: Finder) -> tuple[list[tuple[View, np.ndarray 
     views, unreadable = [], []
     for source in sources:
         try:
-            views += find(source)
+            views += list(find(source))
         except InputError as error:
             unreadable.append((source, str(error)))
     return views, unreadable

@@ -28,14 +28,13 @@ from torch import nn
 
 from checkpoints import BEST_NAME, replace_file
 from console import ArgumentParser, check_writable, make_output_dir, number, run_script
-from data import find_classes, find_splits, walk_images
+from data import describe_others, find_classes, find_splits, is_sample_set, walk_images
 from errors import InputError, printable
-from faces.detector import CROP_SIZE, LONGEST, SMALLEST, opencv_problem
+from faces.detector import CROP_SIZE, LONGEST, SMALLEST
 from faces.overlay import Targets, annotate_images
 from faces.video import Video, is_video, predict_video
 from inference import (
     BUNDLED,
-    Finder,
     Prediction,
     View,
     classify_on_cores,
@@ -72,11 +71,11 @@ def get_args_parser() -> ArgumentParser:
     add("--output-dir", default=".", metavar="DIR", help="for prediction_samples.png, the sample")
 
     add = parser.add_argument_group("faces").add_argument
-    text = f"on: every face found; off: the whole image; auto: faces, but images of at most {CROP_SIZE} pixels whole"
+    text = f"on: every face found; off: the whole image; auto: faces, but images of at most {CROP_SIZE} pixels, or the "
+    text += "model's image_size, whole"
     add("--faces", default="auto", choices=("auto", "on", "off"), help=text)
-    text = f"the smallest face to look for (default: {SMALLEST}, in an image of at most {LONGEST})"
+    text = f"the smallest face to look for (default: {SMALLEST}, or a 60th of an image of over {LONGEST})"
     add("--min-face", type=count, metavar="PIXELS", help=text)
-    add("--yunet", metavar="FILE", help="YuNet's .onnx file, to find faces with instead of OpenCV's cascade")
 
     add = parser.add_argument_group("model").add_argument
     text = f"a checkpoint or an exported file (default: {BEST_NAME} here, else weights/emotion_model.pth)"
@@ -99,8 +98,9 @@ def find_images(inputs: list[str]) -> list[str]:
         else:
             paths = sorted(path for path in glob.glob(item, recursive=True) if not os.path.isdir(path))
         if not paths:
-            kind = "no images in the folder" if os.path.isdir(item) else "no file or pattern match"
-            raise InputError(f"{kind}: {item}")
+            if os.path.isdir(item):
+                raise InputError(f"no images in the folder {item}, which holds {describe_others(item) or 'no files'}")
+            raise InputError(f"no file or pattern match: {item}")
         found += paths
     return list(dict.fromkeys(found))
 
@@ -119,7 +119,8 @@ def describe_view(view: View) -> str:
     """Which part of the image was classified, or that none was; empty for the whole of a small image."""
     if view.kind == "face":
         left, top, width, height = view.face.box
-        return f"face {view.number} at {left}, {top}, {width} x {height} pixels"
+        turned = f", turned by {view.face.tilt:.0f} degrees" if abs(view.face.tilt) > 45 else ""
+        return f"face {view.number} at {left}, {top}, {width} x {height} pixels{turned}"
     return {"whole": "whole image", "crop": "", "none": "no face found"}[view.kind]
 
 
@@ -257,16 +258,17 @@ class TableWriter:
 def predict_all(
     model: nn.Module,
     paths: list[str],
-    find: Finder,
     args: argparse.Namespace,
     targets: Targets | None,
     on_error: Callable[[str, str], None],
 ) -> Iterator[tuple[View, Prediction | None]]:
     """Yields (view, prediction) of the images, then of the videos, and annotates them if there are `targets`."""
-    images = [path for path in paths if not is_video(path)]
+    spec, images = model.info.input_spec, [path for path in paths if not is_video(path)]
+    find = make_finder(spec, args.faces, args.min_face)
     classified = classify_on_cores(model, images, find, args.batch_size, on_error)
     predicted = ((view, to_prediction(probs, model.info.class_names)) for view, probs in classified)
     yield from annotate_images(predicted, targets) if targets else predicted
+    find = make_finder(spec, args.faces, args.min_face, turns=False)  # a video tells how it is turned
     for path in filter(is_video, paths):
         try:
             video = Video(path)
@@ -276,26 +278,27 @@ def predict_all(
             yield from predict_video(model, video, path, find, every=args.every, targets=targets)
 
 
-def predict_files(model: nn.Module, args: argparse.Namespace) -> int:
-    """Predicts and prints `args.inputs`; returns the exit code, which is 2 if nothing could be read."""
-    paths = find_images(args.inputs)
+def predict_files(model: nn.Module, paths: list[str], args: argparse.Namespace) -> int:
+    """Predicts and prints the images and videos; returns the exit code, which is 2 if nothing could be read."""
     is_single = len(paths) == 1 and not os.path.isdir(args.inputs[0])
     class_columns = {name: f"{name} (class)" if name in COLUMNS else name for name in model.info.class_names}
-    find = make_finder(model.info.input_spec, args.faces, min_size=args.min_face, yunet=args.yunet)
     targets = Targets(make_output_dir(args.annotate, "--annotate"), paths) if args.annotate else None
     table = TableWriter(args.output, [*COLUMNS, *class_columns.values()]) if args.output else contextlib.nullcontext()
     kinds, unreadable = Counter(), set()
+    # `| head` ends a run that only prints, but not one that writes files
+    unread = contextlib.suppress(BrokenPipeError) if args.output or args.annotate else contextlib.nullcontext()
 
     def on_error(path: str, message: str) -> None:
         unreadable.add(path)
         print(f"error: {message}" if is_single else message, file=sys.stderr)
 
-    with table, contextlib.closing(predict_all(model, paths, find, args, targets, on_error)) as predictions:
+    with table, contextlib.closing(predict_all(model, paths, args, targets, on_error)) as predictions:
         for view, prediction in predictions:
-            if is_single and view.time is None:
-                print_block(view, prediction, show_all=args.show_all)
-            elif view.time is None or not (args.output or args.annotate):  # a video would print thousands of lines
-                print_line(view, prediction, show_all=args.show_all)
+            with unread:
+                if is_single and view.time is None:
+                    print_block(view, prediction, show_all=args.show_all)
+                elif view.time is None or not (args.output or args.annotate):  # a video would print thousands of lines
+                    print_line(view, prediction, show_all=args.show_all)
             if args.output:
                 table.add(to_row(view, prediction, class_columns))
             kinds[view.kind] += 1
@@ -304,8 +307,9 @@ def predict_files(model: nn.Module, args: argparse.Namespace) -> int:
         print(f"written to {name}" if kinds else f"{name} was not written", file=sys.stderr)
     if args.annotate and kinds:
         print(f"annotated in {printable(args.annotate)}", file=sys.stderr)
-    if args.faces == "auto" and kinds["whole"]:
-        print(f"whole images were classified; {opencv_problem()}", file=sys.stderr)
+    others = [describe_others(item) for item in args.inputs if os.path.isdir(item)]
+    if any(others):
+        print(f"not read: {', '.join(filter(None, others))}", file=sys.stderr)
     if not is_single or is_video(paths[0]) and kinds:
         print(summarize(paths, unreadable, kinds), file=sys.stderr)
     return 0 if kinds else 2
@@ -342,7 +346,7 @@ def draw_samples(model: nn.Module, args: argparse.Namespace) -> None:
             names.append(name)
     if not images:
         raise InputError(f"no image in {folder} can be read")
-    predictions = predict_images(model, images, model.info.class_names, args.batch_size)
+    predictions = predict_images(model, images, None, args.batch_size, faces="off")
     cells, right = [], 0
     for image, name, (emotion, confidence, _) in zip(images, names, predictions, strict=True):
         right += emotion == name
@@ -361,10 +365,12 @@ def main(argv: list[str] | None = None) -> int | None:
         if Path(args.output).suffix.lower() not in (".csv", ".json"):
             raise InputError(f"--output {args.output}: the name must end in .csv or .json")
         check_writable(args.output)
-    model, info = open_model(args.checkpoint, args.device, trust=args.trust)
+    paths = find_images(args.inputs)
+    photos = bool(paths) and not is_sample_set(paths)
+    model, info = open_model(args.checkpoint, args.device, trust=args.trust, photos=photos)
     if args.info:
         return print_info(info, model)
-    return predict_files(model, args) if args.inputs else draw_samples(model, args)
+    return predict_files(model, paths, args) if paths else draw_samples(model, args)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@
     python prepare_data.py fer2013 archive.zip --output-dir FOLDER  # writes FOLDER/train/, FOLDER/val/, FOLDER/test/
     python prepare_data.py fer2013 fer2013.csv --output-dir FOLDER
     python prepare_data.py fer2013 --download --output-dir FOLDER   # fetches the archive with kagglehub
-    python prepare_data.py crop FOLDER --output-dir NEW             # the largest face of every photo (needs OpenCV)
+    python prepare_data.py crop FOLDER --output-dir NEW             # the largest face of every photo
     python prepare_data.py audit FOLDER                             # unreadable, blank, duplicate, mislabeled images
 
 The challenge's PublicTest half becomes val/, its PrivateTest half test/. The archive may also be its unpacked folder,

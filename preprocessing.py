@@ -22,7 +22,7 @@ from PIL import ExifTags, Image, ImageOps
 from errors import InputError, printable
 from models import InputSpec
 
-READABLE = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM")  # Pillow knows others, some of which start programs
+READABLE = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "AVIF", "TIFF", "PPM")  # of Pillow's others some start programs
 MAX_BYTES = 512 * 2**20
 MAX_PIXELS = 100_000_000  # larger images are refused before decoding: they would take over 300 MB each
 _GRAY_MODES = {"1", "L", "LA", "La", "I", "I;16", "I;16B", "I;16L", "I;16N"}
@@ -83,12 +83,25 @@ def _open(source) -> Image.Image:
         raise ValueError(f"its {info.st_size:,} bytes are more than the {MAX_BYTES:,} that are allowed")
     with open(source, "rb", buffering=0) as file:
         content = file.read()
-    image = Image.open(io.BytesIO(content), formats=READABLE)
+    formats = READABLE
+    if content[4:8] == b"ftyp" and b"hei" in content[8:40]:  # the brands heic, heix, ...
+        formats = _load_heif()
+    image = Image.open(io.BytesIO(content), formats=formats)
     if image.width * image.height > MAX_PIXELS:
         raise ValueError(f"{image.width} x {image.height} pixels are more than the {MAX_PIXELS:,} that are allowed")
     if image.format == "PNG":  # whose checksums Pillow does not check when it decodes
         Image.open(io.BytesIO(content), formats=("PNG",)).verify()
     return image
+
+
+def _load_heif() -> tuple[str, ...]:
+    """The format that pillow-heif adds to Pillow's."""
+    try:
+        import pillow_heif
+    except ImportError:
+        raise ValueError("HEIC images need: pip install pillow-heif") from None
+    pillow_heif.register_heif_opener()
+    return ("HEIF",)
 
 
 def _check_array(array: np.ndarray) -> np.ndarray:

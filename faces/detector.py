@@ -1,147 +1,222 @@
-"""Faces in photos and frames, found by OpenCV's detectors; OpenCV is an optional package.
+"""Faces in photos and frames, found by YuNet, a network of 53,104 parameters (Wu, Peng, Yu 2023, "YuNet: A Tiny
+Millisecond-level Face Detector", Machine Intelligence Research 20).
 
 Example::
 
     faces = find_faces(image)                       # largest first
-    crop = crop_face(image, faces[0])               # square, framed as FER2013's images are
+    crop = align_face(image, faces[0])              # faces/align.py: upright and square, framed as FER2013's images are
 """
 
-import os
-import threading
-from dataclasses import dataclass
+import cmath
+import math
 from functools import cache
 from pathlib import Path
 
 import numpy as np
+import torch
+from PIL import Image
+from torch import nn
+from torch.nn import functional as F
 
 from errors import InputError
+from faces.align import Face, cut_square
 from preprocessing import read_whole
 
-LONGEST = 1280  # pixels; larger images are searched on a copy of this longer side
+WEIGHTS = Path(__file__).resolve().parent.parent / "weights" / "face_detector.pth"
 CROP_SIZE = 100  # pixels; an image of no longer side is taken for the crop of a face
-SMALLEST = 30  # pixels of the box, in what is searched; the cascade was trained on 20
-MARGIN = {"haar": 0.02, "yunet": 0.0}  # on each side; benchmarks.faces measures the cascade's, YuNet's is a guess
-CASCADE = "haarcascade_frontalface_alt2.xml"
-INSTALL = 'faces and videos need OpenCV: pip install "opencv-python-headless>=4.10,<5"'
-_local = threading.local()  # a detector holds state while it searches, so each thread has its own
-_importing = threading.Lock()
+LONGEST = 960  # pixels; larger images are searched on a copy of this longer side
+OVERVIEW = 240  # pixels; the longer side of the copy on which faces that fill the image are found
+SMALLEST = 16  # pixels of a face's box, in the copy that is searched
+COPY = 112  # pixels; of the copies of a face that tell its tilt
+MIN_SCORE, MAX_OVERLAP = 0.7, 0.3
+STRIDES = (8, 16, 32)
 
 
-@dataclass(frozen=True)
-class Face:
-    """A box in pixels of the image, inside it, and the detector's own score: of YuNet from 0 to 1, of the cascade a sum
-    that is good for ranking only."""
+# The network
 
-    left: int
-    top: int
-    width: int
-    height: int
-    score: float
-    detector: str = "haar"
 
-    @property
-    def box(self) -> tuple[int, int, int, int]:
-        return self.left, self.top, self.width, self.height
+def _separable(inputs: int, outputs: int) -> list[nn.Module]:
+    return [nn.Conv2d(inputs, outputs, 1), nn.Conv2d(outputs, outputs, 3, padding=1, groups=outputs)]
+
+
+def _unit(inputs: int, outputs: int) -> nn.Sequential:
+    return nn.Sequential(*_separable(inputs, outputs), nn.ReLU(inplace=True))
+
+
+def _stage(*widths: int) -> nn.Sequential:
+    """Halves the resolution, then two units."""
+    return nn.Sequential(nn.MaxPool2d(2), _unit(widths[0], widths[1]), _unit(widths[1], widths[2]))
+
+
+class YuNet(nn.Module):
+    """float32 (N, 3, H, W), RGB from 0 to 255, sides divisible by 32 -> a map (N, 16, H / stride, W / stride) for each
+    of STRIDES: logits of "a face" and "an object", four numbers of the box, x and y of five landmarks."""
+
+    def __init__(self):
+        super().__init__()
+        stem = [nn.Conv2d(3, 16, 3, stride=2, padding=1), nn.ReLU(inplace=True), _unit(16, 16)]
+        fine = nn.Sequential(*stem, _stage(16, 16, 32), _unit(32, 32), _unit(32, 64), _stage(64, 64, 64))
+        self.features = nn.ModuleList([fine, _stage(64, 64, 64), _stage(64, 64, 64)])
+        self.lateral = nn.ModuleList(_unit(64, 64) for _ in STRIDES)
+        self.heads = nn.ModuleList(nn.Sequential(*_separable(64, 16)) for _ in STRIDES)
+
+    def forward(self, images: torch.Tensor) -> list[torch.Tensor]:
+        maps, coarser = [images], None
+        for stage in self.features:
+            maps.append(stage(maps[-1]))
+        outputs = []
+        for features, lateral, head in reversed(list(zip(maps[1:], self.lateral, self.heads, strict=True))):
+            if coarser is not None:
+                features = features + F.interpolate(coarser, scale_factor=2.0)
+            coarser = lateral(features)
+            outputs.insert(0, head(coarser))
+        return outputs
 
 
 @cache
-def load_opencv():
-    """The module cv2. Raises InputError with what to install if it is missing, broken, or without cascades."""
-    os.environ.setdefault("OPENCV_LOG_LEVEL", "OFF")  # broken videos are reported in one line of ours
-    os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
-    os.environ.setdefault("OPENCV_VIDEOIO_MSMF_ENABLE_HW_TRANSFORMS", "0")  # or Windows takes a minute per camera
+def load_detector() -> YuNet:
+    """The network with its weights, on the CPU. Raises InputError if the file is missing or broken."""
+    detector = YuNet()
     try:
-        with _importing:  # cv2 imports itself a second time, and another thread would meanwhile get a half of it
-            import cv2
-
-        if not os.path.isfile(cv2.data.haarcascades + CASCADE) or not hasattr(cv2, "CascadeClassifier"):
-            raise ImportError("this build of OpenCV has no cascades")
-    except Exception as error:  # a broken build raises anything
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise InputError(f"{INSTALL} ({reason})") from None
-    return cv2
+        detector.load_state_dict(torch.load(WEIGHTS, weights_only=True))
+    except Exception as error:  # torch.load raises anything on a broken file
+        raise InputError(f"can't load the face detector {WEIGHTS}: {error}; restore it from the repository") from None
+    return detector.eval().to(memory_format=torch.channels_last)
 
 
-@cache
-def opencv_problem() -> str | None:
-    """Why faces can't be looked for, and what to do; None if they can."""
-    try:
-        load_opencv()
-    except InputError as error:
-        return str(error)
-    return None
+# Finding
 
 
-def find_faces(image, *, min_size: int | None = None, yunet: str | Path | None = None) -> list[Face]:
+@torch.inference_mode()
+def detect(images: np.ndarray, min_score: float = MIN_SCORE) -> list[np.ndarray]:
+    """uint8 (N, H, W, 3), RGB -> for each image float32 (faces, 15), the best first: left, top, width, height, x and y
+    of five landmarks, score. Of overlapping boxes only the best is kept."""
+    inputs = torch.tensor(images).permute(0, 3, 1, 2).float()
+    inputs = F.pad(inputs, (0, -inputs.shape[3] % 32, 0, -inputs.shape[2] % 32))
+    rows, owners = [], []
+    for maps, stride in zip(
+        load_detector()(inputs.contiguous(memory_format=torch.channels_last)), STRIDES, strict=True
+    ):
+        maps = maps.permute(0, 2, 3, 1)
+        scores = (maps[..., 0].sigmoid() * maps[..., 1].sigmoid()).sqrt()
+        n, y, x = torch.where(scores >= min_score)
+        cells, found = torch.stack([x, y], 1), maps[n, y, x]
+        sizes = found[:, 4:6].exp()
+        corners = cells + found[:, 2:4] - sizes / 2
+        landmarks = (cells[:, None] + found[:, 6:].view(-1, 5, 2)).flatten(1)
+        rows.append(torch.cat([stride * torch.cat([corners, sizes, landmarks], 1), scores[n, y, x, None]], 1))
+        owners.append(n)
+    rows, owners = torch.cat(rows).numpy(), torch.cat(owners).numpy()
+    return [keep_best(rows[owners == number]) for number in range(len(images))]
+
+
+def keep_best(rows: np.ndarray) -> np.ndarray:
+    """Non-maximum suppression: rows as of `detect`, the best first, without those that overlap a better one."""
+    rows, kept = rows[np.argsort(-rows[:, -1], kind="stable")], []
+    start, end = rows[:, :2], rows[:, :2] + rows[:, 2:4]
+    areas, alive = rows[:, 2:4].prod(1), np.ones(len(rows), bool)
+    for index in range(len(rows)):
+        if alive[index]:
+            kept.append(index)
+            common = (np.minimum(end, end[index]) - np.maximum(start, start[index])).clip(0).prod(1)
+            alive &= common <= MAX_OVERLAP * (areas + areas[index] - common)
+    return rows[kept]
+
+
+def find_faces(image, *, min_size: int | None = None, turns: bool = True) -> list[Face]:
     """The faces in an image, the largest first.
 
-    `image` is a path, a PIL image, or a uint8 array (H, W, 3) in RGB order or (H, W). By default it is searched for
-    faces from 30 pixels on, and if its longer side is over 1280 pixels, on a copy of that size. `min_size`, in pixels
-    of the image, asks for smaller ones (down to 20, slower) or spares small ones (faster). `yunet` is the .onnx file of
-    OpenCV's YuNet (Wu et al. 2023), used instead of the cascade of Viola & Jones 2001. Raises InputError.
+    `image` is a path, a PIL image, or a uint8 array (H, W, 3) in RGB order or (H, W). `min_size` is the smallest side
+    of a face's box, in pixels of the image; by default 16, or if the image's longer side is over 960 pixels, a 60th of
+    it. Smaller faces take longer to find. With `turns`, an image that shows no face is also searched turned, by 30
+    degrees either way and by quarter turns, and faces may be turned by any angle; without, by at most 45 degrees.
+    Raises InputError.
     """
     if min_size is not None and min_size < 1:
         raise InputError(f"the least size of a face must be at least 1 pixel, not {min_size}")
-    cv2, pixels = load_opencv(), read_whole(image)
-    height, width = pixels.shape[:2]
-    scale = min(1.0, LONGEST / max(height, width))
-    if min_size is not None:
-        scale = min(1.0, max(scale, 20 / min_size))
-    least = max(20, round(scale * min_size)) if min_size is not None else SMALLEST
-    if scale < 1:
-        size = (max(1, round(scale * width)), max(1, round(scale * height)))
-        pixels = cv2.resize(pixels, size, interpolation=cv2.INTER_AREA)
-    boxes = _search_yunet(cv2, pixels, least, str(yunet)) if yunet else _search_cascade(cv2, pixels, least)
-    scales = pixels.shape[1] / width, pixels.shape[0] / height
-    faces = [_to_face(box, score, scales, (width, height), "yunet" if yunet else "haar") for box, score in boxes]
-    faces = [face for face in faces if face.width > 0 and face.height > 0]
-    return sorted(faces, key=lambda face: (face.width * face.height, face.score), reverse=True)
-
-
-def _search_cascade(cv2, pixels: np.ndarray, least: int) -> list[tuple[np.ndarray, float]]:
-    if not hasattr(_local, "cascade"):
-        _local.cascade = cv2.CascadeClassifier(cv2.data.haarcascades + CASCADE)
-    gray = cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY)
-    boxes, _, scores = _local.cascade.detectMultiScale3(gray, 1.1, 5, minSize=(least, least), outputRejectLevels=True)
-    return list(zip(np.reshape(boxes, (-1, 4)), np.ravel(scores), strict=True))
-
-
-def _search_yunet(cv2, pixels: np.ndarray, least: int, path: str) -> list[tuple[np.ndarray, float]]:
-    if not os.path.isfile(path):
-        raise InputError(f"no file {path}, which should be YuNet's .onnx file")
-    detectors = _local.__dict__.setdefault("yunet", {})
-    try:
-        if path not in detectors:
-            detectors[path] = cv2.FaceDetectorYN.create(path, "", (320, 320), score_threshold=0.7)
-        detectors[path].setInputSize(pixels.shape[1::-1])
-        _, rows = detectors[path].detect(cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR))
-    except cv2.error as error:
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(f"{path} can't be used as YuNet's .onnx file: {reason}") from None
-    rows = [] if rows is None else rows
-    return [(row[:4], float(row[-1])) for row in rows if min(row[2:4]) >= least]
-
-
-def _to_face(box, score: float, scales: tuple[float, float], size: tuple[int, int], detector: str) -> Face:
-    """`box` (left, top, width, height) in pixels of what was searched, clipped to the image of `size`."""
-    sides = []
-    for start, length, scale, limit in zip(box[:2], box[2:4], scales, size, strict=True):
-        ends = (float(start) / scale, float(start + length) / scale)
-        sides.append([min(max(round(end), 0), limit) for end in ends])
-    (left, right), (top, bottom) = sides
-    return Face(left, top, right - left, bottom - top, float(score), detector)
-
-
-def crop_face(image, face: Face, margin: float | None = None) -> np.ndarray:
-    """The square around `face` as uint8 (S, S, 3), with `margin` (a share of its longer side) on each side.
-
-    The margin is what makes it look like FER2013's images, unless given. What lies outside the image repeats its edge.
-    `image` as for find_faces; InputError for one that can't be read.
-    """
     pixels = read_whole(image)
-    margin = MARGIN[face.detector] if margin is None else margin
-    side = max(1, round(max(face.width, face.height) * (1 + 2 * margin)))
-    left, top = round(face.left + face.width / 2 - side / 2), round(face.top + face.height / 2 - side / 2)
-    rows = np.arange(top, top + side).clip(0, pixels.shape[0] - 1)
-    columns = np.arange(left, left + side).clip(0, pixels.shape[1] - 1)
-    return pixels[rows[:, None], columns]
+    for turn in (0, 30, -30, 90, -90, 180) if turns else (0,):
+        rows = _search(pixels, min_size, turn)
+        if len(rows):
+            tilts = range(-180, 180, 15) if turns else range(-45, 60, 15)
+            faces = [_look_again(pixels, row, tilts) for row in rows]
+            faces = [face for face in faces if face.width and face.height]
+            return sorted(faces, key=lambda face: (face.width * face.height, face.score), reverse=True)
+    return []
+
+
+def _search(pixels: np.ndarray, min_size: int | None, turn: int) -> np.ndarray:
+    """Rows as of `detect` of the faces in `pixels`, turned counterclockwise by `turn` degrees to be searched.
+
+    YuNet finds faces of up to about 300 pixels, so a small copy shows it those that fill the image, with the edges
+    repeated around it, since such a face is cut off there.
+    """
+    longest = max(pixels.shape[:2])
+    scale = min(1.0, SMALLEST / min_size if min_size else LONGEST / longest)
+    overview = min(1.0, OVERVIEW / longest)
+    found = [_search_copy(pixels, overview, turn, padding=1 / 6)]
+    if scale > overview:
+        found.append(_search_copy(pixels, scale, turn))
+    rows = keep_best(np.concatenate(found))
+    return rows[rows[:, 2:4].min(1) >= (min_size or SMALLEST / scale)]
+
+
+def _search_copy(pixels: np.ndarray, scale: float, turn: int, padding: float = 0.0) -> np.ndarray:
+    """Rows as of `detect`, in pixels of the image before it was turned; the boxes are not turned with it."""
+    height, width = pixels.shape[:2]
+    size = max(1, round(scale * width)), max(1, round(scale * height))
+    if scale < 1:
+        pixels = np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.BILINEAR, reducing_gap=2.0))
+    edge = round(padding * min(size))
+    image = Image.fromarray(np.pad(pixels, ((edge, edge), (edge, edge), (0, 0)), mode="edge"))
+    turned = image.rotate(turn, Image.Resampling.BILINEAR, expand=True)
+    rows = detect(np.asarray(turned)[None])[0]
+    angle = math.radians(turn)
+    centers = rows[:, :2] + rows[:, 2:4] / 2
+    points = np.concatenate([centers, rows[:, 4:14]], 1).reshape(-1, 6, 2) - np.array(turned.size) / 2
+    points = points @ [[math.cos(angle), math.sin(angle)], [-math.sin(angle), math.cos(angle)]]
+    points = (points + np.array(image.size) / 2 - edge) * [width / size[0], height / size[1]]
+    sides = _turn_sides(rows[:, 2:4], angle) * (width / size[0])
+    return np.concatenate([points[:, 0] - sides / 2, sides, points[:, 1:].reshape(-1, 10), rows[:, 14:]], 1)
+
+
+def _look_again(pixels: np.ndarray, row: np.ndarray, tilts: range) -> Face:
+    """The face of a row as of `detect`, with the tilt at which YuNet is surest of it.
+
+    YuNet finds tilted faces, but its landmarks follow the tilt by half at most, and in small faces not at all. Its
+    score falls to nothing within 45 degrees, so copies turned by `tilts` (degrees, clockwise) are compared.
+    """
+    center = complex(*(row[:2] + row[2:4] / 2))
+    step = 1.75 * float(row[2:4].max()) / COPY
+    steps = [cmath.rect(step, math.radians(tilt)) for tilt in tilts]
+    found = []  # (score, row) at each tilt, of the face in the middle
+    for copy in detect(np.stack([cut_square(pixels, center, step, COPY) for step in steps]), 0.3):
+        offsets = abs((copy[:, :2] + copy[:, 2:4] / 2 - COPY / 2) @ [1, 1j])
+        found.append(copy[offsets.argmin()] if len(copy) and offsets.min() < COPY / 4 else None)
+    scores = np.array([0.0 if one is None else one[14] for one in found])
+    best = int(scores.argmax())
+    if found[best] is None:
+        return _to_face(row, pixels.shape)
+    away = (np.array(tilts) - tilts[best] + 180) % 360 - 180
+    rest = float(np.average(away, weights=scores * (abs(away) <= 45)))
+    points = np.concatenate([found[best][None, :2] + found[best][None, 2:4] / 2, found[best][4:14].reshape(5, 2)])
+    points = center + (points @ [1, 1j] - COPY / 2 * (1 + 1j)) * steps[best]
+    points = points[0] + (points - points[0]) * cmath.rect(1, math.radians(rest))
+    sides = _turn_sides(found[best][None, 2:4] * abs(step), math.radians(tilts[best] + rest))[0]
+    corner = np.array([points[0].real, points[0].imag]) - sides / 2
+    landmarks = np.stack([points[1:].real, points[1:].imag], 1).ravel()
+    return _to_face(np.concatenate([corner, sides, landmarks, row[14:]]), pixels.shape)
+
+
+def _turn_sides(sides: np.ndarray, angle: float) -> np.ndarray:
+    """(faces, 2) widths and heights of boxes as tight as before around faces turned by `angle`, in radians."""
+    cos, sin = abs(math.cos(angle)), abs(math.sin(angle))
+    return (cos * sides + sin * sides[:, ::-1]) / (cos + sin)
+
+
+def _to_face(row: np.ndarray, shape: tuple[int, ...]) -> Face:
+    """A row as of `detect` in an image of this shape, to which the box is clipped."""
+    left, right = (min(max(round(end), 0), shape[1]) for end in (row[0], row[0] + row[2]))
+    top, bottom = (min(max(round(end), 0), shape[0]) for end in (row[1], row[1] + row[3]))
+    landmarks = tuple((float(x), float(y)) for x, y in row[4:14].reshape(5, 2))
+    return Face(left, top, right - left, bottom - top, float(row[14]), landmarks)

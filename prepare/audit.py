@@ -16,10 +16,10 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from data import find_classes, find_splits, walk_images
+from data import describe_others, find_classes, find_splits, walk_images
 from errors import InputError, printable
 from models import InputSpec
-from preprocessing import READABLE, in_chunks, read_image
+from preprocessing import in_chunks, read_image
 from reports import plot_grid
 
 SIDE = 32  # pixels of the gray thumbnails that are compared
@@ -56,7 +56,7 @@ def read_thumbnail(path: str) -> tuple[str, str, np.ndarray] | str:
     try:
         gray = read_image(path, InputSpec(image_size=SIDE))[0]
         digest = hashlib.blake2b(Path(path).read_bytes(), digest_size=16).hexdigest()
-        with Image.open(path, formats=READABLE) as image:
+        with Image.open(path) as image:  # of a format that read_image accepts
             return digest, f"{image.mode} {image.width} x {image.height}", gray
     except (InputError, OSError) as error:
         return str(error)
@@ -169,6 +169,7 @@ def audit(folder: str | Path) -> dict:
         "folder": str(folder),
         "count": len(listed),
         "counts": counts,
+        "not read": describe_others(folder),
         "kinds": dict(Counter(results[row][1] for row in readable).most_common()),
         "unreadable": [
             {"file": file.path, "reason": result}
@@ -222,6 +223,7 @@ def format_audit(found: dict, most: int = 20) -> str:
     kinds = [f"{count:,} {kind}" for kind, count in found["kinds"].items()]
     others = f" and {len(kinds) - 8:,} others" if len(kinds) > 8 else ""
     lines = [*describe_balance(found["counts"]), "", f"sizes and modes: {', '.join(kinds[:8])}{others}"]
+    lines += [f"not read: {found['not read']}"] * bool(found["not read"])
     lines += section("unreadable", [row["reason"] for row in found["unreadable"]])
     lines += section("blank", found["blank"])
     for split, count in found["leaks"].items():

@@ -3,25 +3,24 @@
 import sys
 from pathlib import Path
 
-import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from data import walk_images
+from data import describe_others, walk_images
 from errors import InputError, printable
-from inference import crop_largest_face, find_faces
+from inference import crop_largest_face
 
 
 def crop_photos(source: Path, folder: Path, min_size: int | None = None) -> tuple[int, int]:
     """Writes the largest face of each photo below `source` to the same place in `folder`, as PNG; gray stays gray.
 
     Returns (number of faces, number of photos). Photos without a face or that can't be read are named on standard
-    error and left out. Raises InputError if no face is left or OpenCV is missing, and OSError.
+    error and left out. Raises InputError if no face is left, and OSError.
     """
     photos, kept = [Path(entry.path) for entry in walk_images(source)], []
     if not photos:
-        raise InputError(f"{source} holds no images; name the folder of your photos")
-    find_faces(np.zeros((32, 32), np.uint8))  # so that a missing OpenCV shows once, and first
+        held = describe_others(source) or "no files"
+        raise InputError(f"{source} holds no images ({held}); name the folder of your photos")
     for photo in tqdm(photos, unit="photo", leave=False, disable=None):
         try:
             face = crop_largest_face(photo, min_size)

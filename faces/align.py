@@ -1,0 +1,77 @@
+"""A face in an image, and its crop: turned upright, and framed as FER2013's images are.
+
+Example::
+
+    crop = align_face(image, find_faces(image)[0])  # uint8 (S, S, 3)
+"""
+
+import cmath
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+
+from preprocessing import read_whole
+
+
+@dataclass(frozen=True)
+class Face:
+    """A face in an image: its box, inside the image, and its landmarks, in pixels; its score from 0 to 1.
+
+    The landmarks are (x, y) of the right and left eye, the tip of the nose, and the right and left corner of the
+    mouth; right and left are the person's own.
+    """
+
+    left: int
+    top: int
+    width: int
+    height: int
+    score: float
+    landmarks: tuple[tuple[float, float], ...]
+
+    @property
+    def box(self) -> tuple[int, int, int, int]:
+        return self.left, self.top, self.width, self.height
+
+    @property
+    def center(self) -> complex:
+        """x + y i."""
+        return self.left + self.width / 2 + 1j * (self.top + self.height / 2)
+
+    @property
+    def tilt(self) -> float:
+        """Degrees, from -180 to 180, by which the face is turned clockwise: the slope of the line between the eyes."""
+        (x1, y1), (x2, y2) = self.landmarks[:2]
+        return math.degrees(math.atan2(y2 - y1, x2 - x1))
+
+
+def align_face(image, face: Face) -> np.ndarray:
+    """The square of the box's longer side, turned upright, as uint8 (S, S, 3) at the resolution of the image.
+
+    What lies outside the image repeats its edge. `image` as for find_faces; InputError for one that can't be read.
+    """
+    side = max(1, face.width, face.height)
+    return cut_square(read_whole(image), face.center, cmath.rect(1, math.radians(face.tilt)), side)
+
+
+def cut_square(pixels: np.ndarray, center: complex, step: complex, side: int) -> np.ndarray:
+    """uint8 (side, side, 3) from `pixels`, uint8 (H, W, 3), around `center`, x + y i.
+
+    `step` leads from one pixel of the square to the next in its row: its length enlarges or reduces, its direction
+    turns. What lies outside of `pixels` repeats their edge.
+    """
+    start = center - step * side / 2 * (1 + 1j)
+    corners = start + step * side * np.array([0, 1, 1j, 1 + 1j])
+    left, top = math.floor(corners.real.min()), math.floor(corners.imag.min())
+    right, bottom = math.ceil(corners.real.max()) + 1, math.ceil(corners.imag.max()) + 1
+    rows = np.arange(top, bottom).clip(0, pixels.shape[0] - 1)
+    columns = np.arange(left, right).clip(0, pixels.shape[1] - 1)
+    region = Image.fromarray(pixels[rows[:, None], columns])
+    start -= left + 1j * top
+    if abs(step) > 1:  # the transform takes single pixels; those that it would skip are averaged first
+        size = math.ceil(region.width / abs(step)), math.ceil(region.height / abs(step))
+        region = region.resize(size, Image.Resampling.BILINEAR, reducing_gap=2.0)
+        start, step = start / abs(step), step / abs(step)
+    matrix = (step.real, -step.imag, start.real, step.imag, step.real, start.imag)
+    return np.asarray(region.transform((side, side), Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR))
