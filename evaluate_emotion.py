@@ -81,10 +81,10 @@ def main(argv: list[str] | None = None) -> None:
         model, batches, split=split, batch_size=args.batch_size, tta=args.tta, precision=precision, in_train=in_train
     )
     metrics |= {"epoch": checkpoint["epoch"], "tta": args.tta}
+    files = reports.write_report(metrics, output_dir) if output_dir else []  # before `| head` can end the run
     views = ", mirrored views averaged" if args.tta else ""
     print(f"{model.info.arch}, trained on {printable(model.info.trained_on)}{views}\n{reports.format_report(metrics)}")
     if output_dir:
-        files = reports.write_report(metrics, output_dir)
         print(f"In {printable(output_dir.resolve())}: {', '.join(files)}")
 
 

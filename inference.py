@@ -178,6 +178,18 @@ def crop_largest_face(path: str | Path, min_size: int | None = None) -> np.ndarr
     return align_face(pixels, found[0])
 
 
+def warn_of_photos(paths: list[str]) -> list[str]:
+    """A warning if a sample of these images are whole photos rather than crops of faces, else no line."""
+    images = [read_whole(path) for path in paths[:: 1 + len(paths) // 12]]
+    if np.median([max(image.shape) for image in images]) <= 200:
+        return []
+    found = [(faces[0], image) for image in images if (faces := find_faces(image, turns=False))]
+    shares = [max(face.width, face.height) / max(image.shape) for face, image in found]
+    if not shares or np.median(shares) >= 0.5:
+        return []
+    return ["warning: these are whole photos, of which faces are a small part; crop them: python prepare_data.py crop"]
+
+
 def _check_classes(model: nn.Module, class_names: list[str] | None) -> list[str]:
     class_names = model.info.class_names if class_names is None else class_names
     if len(class_names) != model.info.num_classes:

@@ -46,6 +46,7 @@ from engine.pretrained import freeze, load_imagenet_weights, load_initial_weight
 from engine.settings import Settings
 from engine.step import CLASS_WEIGHTS, TrainStep, check_finite, make_class_weights, seed_for, train_one_epoch
 from errors import InputError, printable
+from inference import warn_of_photos
 from models import count_parameters, create_model, device_of, get_arch, input_spec_for, list_archs
 from splits import SAMPLERS, Splits, batch_bounds, draw_order, load_splits
 
@@ -273,7 +274,7 @@ def make_step(settings: Settings, splits: Splits, model: nn.Module, group: Proce
 
 def describe(settings: Settings, splits: Splits, step: TrainStep, progress: resume.Progress) -> str:
     """What is trained on what, line by line."""
-    lines, best_path = list(splits.notes), Path(settings.output_dir, BEST_NAME)
+    lines, best_path = splits.notes + warn_of_photos(splits.train.paths), Path(settings.output_dir, BEST_NAME)
     if progress.epoch == 0 and best_path.exists():
         lines.append(f"the earlier {printable(best_path)} will be kept as {PREVIOUS_NAME}")
     test = f"{len(splits.test):,} to test" if splits.test else "none to test"

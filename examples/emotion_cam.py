@@ -6,7 +6,7 @@
 
 Probabilities are smoothed per face (--smooth 0 turns it off), faces are looked for in every third frame, and frames
 that come faster than they can be worked through are dropped. Nothing is sent anywhere, or stored without --headless.
-The window needs the full OpenCV: pip uninstall opencv-python-headless, then pip install "opencv-python>=4.10,<5".
+Cameras and the window need OpenCV: pip install opencv-python (without a window, opencv-python-headless is enough).
 """
 
 import contextlib
@@ -14,7 +14,7 @@ import os
 import sys
 import time
 from collections import deque
-from itertools import takewhile
+from itertools import repeat, takewhile, tee
 from pathlib import Path
 
 import numpy as np
@@ -22,8 +22,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from console import ArgumentParser, check_writable, number, run_script
 from errors import InputError, printable
-from faces.camera import Camera, watch
-from faces.detector import load_opencv
+from faces.camera import Camera, load_opencv, watch
 from faces.overlay import draw_faces
 from faces.video import Video, VideoCopy
 from predict_emotion import BUNDLED, load_model
@@ -54,7 +53,7 @@ def draw(pixels: np.ndarray, results: list, fps: float) -> Image.Image:
 def check_window() -> None:
     """InputError if no window can be shown; without a display, some builds of OpenCV end the whole process."""
     cv2 = load_opencv()
-    hint = 'pip install "opencv-python>=4.10,<5" instead, or pass --headless out.mp4'
+    hint = "uninstall opencv-python-headless and pip install opencv-python, or pass --headless out.mp4"
     if sys.platform.startswith("linux") and not {"DISPLAY", "WAYLAND_DISPLAY", "QT_QPA_PLATFORM"} & set(os.environ):
         raise InputError("no window: there is no display; pass --headless out.mp4")
     try:
@@ -77,20 +76,20 @@ def run_in_window(source: str, see, seconds: float) -> None:
 
 
 class Recording:
-    """An .mp4 file that is kept however the recording ends, with what it had by then."""
+    """An .mp4 file, with the sound of `source`, that is kept however the recording ends, with what it had by then."""
 
-    def __init__(self, target: Path, fps: float, *, by_clock: bool):
-        self.target, self.fps, self.by_clock = target, fps, by_clock
+    def __init__(self, target: Path, fps: float, source: Video | None = None, *, by_clock: bool):
+        self.target, self.fps, self.source, self.by_clock = target, fps, source, by_clock
         self.copy, self.frames, self.with_face, self.start = None, 0, 0, time.perf_counter()
 
-    def add(self, image: Image.Image, has_face: bool) -> None:
-        self.copy = self.copy or VideoCopy(self.target, self.fps, image.size)
+    def add(self, image: Image.Image, has_face: bool, seconds: float | None = None) -> None:
+        self.copy = self.copy or VideoCopy(self.target, self.fps, image.size, self.source)
         self.frames, self.with_face = self.frames + 1, self.with_face + has_face
         due = self.copy.count + 1
         if self.by_clock:  # a camera's frames come as they come, and the file should play at life's speed
             due = int((time.perf_counter() - self.start) * self.fps) + 1
         while self.copy.count < due:
-            self.copy.add(image)
+            self.copy.add(image, seconds)
 
     def close(self) -> None:
         if self.copy:
@@ -105,14 +104,16 @@ def run_headless(source: str, see, seconds: float, target: Path) -> None:
     rate = Rate()
     with contextlib.ExitStack() as stack:
         if source.isdecimal():
-            frames, fps = stack.enter_context(Camera(source)).for_seconds(seconds), 15.0
+            frames, times = stack.enter_context(Camera(source)).for_seconds(seconds), repeat(None)
+            recording = Recording(target, 15.0, by_clock=True)
         else:
             video = Video(source)
-            timed = takewhile(lambda item: item[1] <= seconds, video)
-            frames, fps = (frame for _, _, frame in timed), video.fps
-        recording = stack.enter_context(contextlib.closing(Recording(target, fps, by_clock=source.isdecimal())))
-        for pixels, results in see(frames):
-            recording.add(draw(pixels, results, rate.tick()), bool(results))
+            timed, again = tee(takewhile(lambda item: item[1] <= seconds, video))
+            frames, times = (pixels for _, _, pixels in timed), (time for _, time, _ in again)
+            recording = Recording(target, video.fps, video, by_clock=False)
+        stack.enter_context(contextlib.closing(recording))
+        for (pixels, results), time_of_frame in zip(see(frames), times, strict=False):
+            recording.add(draw(pixels, results, rate.tick()), bool(results), time_of_frame)
 
 
 def check_target(target: Path, source: str) -> None:
@@ -133,7 +134,6 @@ def main(argv: list[str] | None = None) -> None:
     add("--smooth", type=smooth, default=0.7, help="share that the past keeps; 0 is off")
     add("--detect-every", type=number(int, 1), default=3, metavar="N", help="look for faces in every Nth frame")
     add("--min-face", type=number(int, 1), default=60, metavar="PIXELS", help="the smallest face")
-    add("--yunet", metavar="FILE", help="YuNet's .onnx file, to find faces with instead of OpenCV's cascade")
     add("--headless", metavar="FILE", help="write to this .mp4 file instead of showing a window")
     add("--seconds", type=float, default=float("inf"), help="stop after this time (default: never)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
@@ -145,8 +145,8 @@ def main(argv: list[str] | None = None) -> None:
     model, class_names = load_model(args.checkpoint, args.device)
 
     def see(frames):
-        options = {"smooth": args.smooth, "detect_every": args.detect_every}
-        return watch(model, class_names, frames, min_size=args.min_face, yunet=args.yunet, **options)
+        options = {"smooth": args.smooth, "detect_every": args.detect_every, "min_size": args.min_face}
+        return watch(model, class_names, frames, **options)
 
     if args.headless:
         run_headless(args.source, see, args.seconds, Path(args.headless))

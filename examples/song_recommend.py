@@ -19,10 +19,8 @@ import numpy as np
 from console import ArgumentParser, run_script
 from errors import InputError, printable
 from faces.camera import Camera, watch
-from faces.detector import Face
 from faces.video import Video, is_video
-from predict_emotion import BUNDLED, CROP_SIZE, load_model, predict_image
-from preprocessing import read_whole
+from inference import BUNDLED, classify, load_model, make_finder, to_prediction
 
 SONGS = Path(__file__).with_name("songs.toml")
 SERVICES = {
@@ -52,12 +50,13 @@ def read_songs(path: Path, emotions: list[str]) -> dict[str, list[str]]:
 def dominant_emotion(seen, class_names: list[str]) -> tuple[str, float]:
     """The emotion with the highest mean probability of the largest face, and that mean in percent.
 
-    `seen` yields (pixels, [(face, prediction), ...]) as faces.camera.watch does. Raises InputError if there is no face.
+    `seen` yields (pixels, [(view, prediction), ...]) as faces.camera.watch does. Raises InputError if there is no face.
     """
     total, frames = np.zeros(len(class_names)), 0
     for _, results in seen:
         if results:
-            _, (_, _, probs) = max(results, key=lambda result: result[0].width * result[0].height)
+            sizes = [view.face.width * view.face.height if view.face else 0 for view, _ in results]
+            _, (_, _, probs) = results[int(np.argmax(sizes))]
             total += [probs[name] for name in class_names]
             frames += 1
     if not frames:
@@ -67,7 +66,7 @@ def dominant_emotion(seen, class_names: list[str]) -> tuple[str, float]:
 
 
 def see(model, class_names: list[str], source: str, seconds: float):
-    """What faces.camera.watch yields, of a camera for some seconds, of a clip, or of one image.
+    """What faces.camera.watch yields, of a camera for some seconds, of a clip, or of one image, there without pixels.
 
     An image of at most 100 pixels is taken for the crop of a face, as predict_emotion.py does.
     """
@@ -80,12 +79,8 @@ def see(model, class_names: list[str], source: str, seconds: float):
         frames = (pixels for number, _, pixels in video if number % step == 0)
         yield from watch(model, class_names, frames, smooth=0.0, detect_every=1)
     else:
-        pixels = read_whole(source)
-        height, width = pixels.shape[:2]
-        if max(height, width) <= CROP_SIZE:
-            yield pixels, [(Face(0, 0, width, height, 0.0), predict_image(model, pixels, class_names))]
-        else:
-            yield from watch(model, class_names, [pixels])
+        found = classify(model, [source], make_finder(model.info.input_spec, "auto"))
+        yield None, [(view, to_prediction(probs, class_names)) for view, probs in found if probs is not None]
 
 
 def main(argv: list[str] | None = None) -> None:

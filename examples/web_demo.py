@@ -17,10 +17,9 @@ from pathlib import Path
 from console import ArgumentParser, number, run_script
 from data import walk_images
 from errors import InputError, printable
-from faces.detector import Face, opencv_problem
 from faces.overlay import draw_faces
+from inference import BUNDLED, View, classify, load_model, make_finder, to_prediction
 from models import count_parameters
-from predict_emotion import BUNDLED, CROP_SIZE, load_model, predict_faces, predict_image
 from preprocessing import read_whole
 
 PHOTO = Path(__file__).parent / "astronaut.jpg"
@@ -45,18 +44,16 @@ def describe(model, path: str) -> str:
     return f"{info.arch} from {printable(path)}, {size}, trained on {printable(info.trained_on)}. Classes: {classes}."
 
 
-def find_emotions(model, path: str) -> tuple[list[tuple[Face | None, tuple | None]], str]:
-    """([(face, prediction) for each face of the image], a line on what was found)."""
-    pixels = read_whole(path)
-    is_crop = max(pixels.shape[:2]) <= CROP_SIZE
-    if is_crop or opencv_problem():
-        why = "The image is small, so all of it was taken for one face." if is_crop else opencv_problem()
-        return [(None, predict_image(model, pixels, model.info.class_names))], why
-    found = predict_faces(model, pixels, model.info.class_names)
-    if not found:
-        return [(None, None)], "No face found. Try an image with an upright face, or crop it to the face."
-    results = [(Face(*one["box"], one["score"]), (one["emotion"], one["confidence"], one["probs"])) for one in found]
-    return results, "1 face found." if len(found) == 1 else f"{len(found)} faces found."
+def find_emotions(model, path: str) -> tuple[list[tuple[View, tuple | None]], str]:
+    """([(view, prediction) for each face of the image], a line on what was found)."""
+    found = classify(model, [path], make_finder(model.info.input_spec, "auto"))
+    results = [(view, to_prediction(probs, model.info.class_names)) for view, probs in found]
+    message = {
+        "crop": "The image is small, so all of it was taken for one face.",
+        "none": "No face found. Try an image in which a face is larger, or crop it to the face.",
+        "face": "1 face found." if len(results) == 1 else f"{len(results)} faces found.",
+    }
+    return results, message[results[0][0].kind]
 
 
 def build_page(gr, model, path: str):

@@ -1,9 +1,12 @@
-"""The weights of YuNet, as its authors publish them, -> weights/face_detector.pth. Needs `pip install onnx`.
+"""The weights of YuNet as its authors publish them -> weights/face_detector.pth.
 
-python -m faces.convert face_detection_yunet_2023mar.onnx
+    python -m faces.convert face_detection_yunet_2023mar.onnx
+
+Needs ONNX: pip install onnx.
 """
 
 import sys
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -37,7 +40,12 @@ def convert(path: str) -> dict[str, torch.Tensor]:
     return model.state_dict()
 
 
+def write(weights: dict[str, torch.Tensor], target: Path) -> None:
+    with target.open("wb") as file:  # given a path, torch.save would write its name into the file
+        torch.save(weights, file)
+
+
 if __name__ == "__main__":
     weights = convert(sys.argv[1])
-    replace_file(WEIGHTS, lambda target: torch.save(weights, target))
+    replace_file(WEIGHTS, lambda target: write(weights, target))
     print(f"{sum(tensor.numel() for tensor in weights.values()):,} parameters written to {WEIGHTS}")

@@ -188,9 +188,10 @@ def _look_again(pixels: np.ndarray, row: np.ndarray, tilts: range) -> Face:
     """
     center = complex(*(row[:2] + row[2:4] / 2))
     step = 1.75 * float(row[2:4].max()) / COPY
-    steps = [cmath.rect(step, math.radians(tilt)) for tilt in tilts]
-    found = []  # (score, row) at each tilt, of the face in the middle
-    for copy in detect(np.stack([cut_square(pixels, center, step, COPY) for step in steps]), 0.3):
+    around = cut_square(pixels, center, step, 3 * COPY // 2)  # turned, this still covers a copy
+    turns = [cmath.rect(1, math.radians(tilt)) for tilt in tilts]
+    found = []  # the row of the face in the middle, at each tilt
+    for copy in detect(np.stack([cut_square(around, 0.75 * COPY * (1 + 1j), turn, COPY) for turn in turns]), 0.3):
         offsets = abs((copy[:, :2] + copy[:, 2:4] / 2 - COPY / 2) @ [1, 1j])
         found.append(copy[offsets.argmin()] if len(copy) and offsets.min() < COPY / 4 else None)
     scores = np.array([0.0 if one is None else one[14] for one in found])
@@ -200,9 +201,9 @@ def _look_again(pixels: np.ndarray, row: np.ndarray, tilts: range) -> Face:
     away = (np.array(tilts) - tilts[best] + 180) % 360 - 180
     rest = float(np.average(away, weights=scores * (abs(away) <= 45)))
     points = np.concatenate([found[best][None, :2] + found[best][None, 2:4] / 2, found[best][4:14].reshape(5, 2)])
-    points = center + (points @ [1, 1j] - COPY / 2 * (1 + 1j)) * steps[best]
+    points = center + (points @ [1, 1j] - COPY / 2 * (1 + 1j)) * step * turns[best]
     points = points[0] + (points - points[0]) * cmath.rect(1, math.radians(rest))
-    sides = _turn_sides(found[best][None, 2:4] * abs(step), math.radians(tilts[best] + rest))[0]
+    sides = _turn_sides(found[best][None, 2:4] * step, math.radians(tilts[best] + rest))[0]
     corner = np.array([points[0].real, points[0].imag]) - sides / 2
     landmarks = np.stack([points[1:].real, points[1:].imag], 1).ravel()
     return _to_face(np.concatenate([corner, sides, landmarks, row[14:]]), pixels.shape)

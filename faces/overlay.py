@@ -9,7 +9,7 @@ import math
 import os
 from collections.abc import Iterable, Iterator
 from functools import cache
-from itertools import groupby
+from itertools import groupby, product
 from pathlib import Path
 
 import numpy as np
@@ -17,131 +17,115 @@ from PIL import Image, ImageDraw, ImageFont
 
 from checkpoints import replace_file
 from errors import printable
-from faces.align import Face
 from inference import Prediction, View
 from preprocessing import read_whole
 
-COLORS = ("#ffd000", "#00c8ff", "#ff6ec7", "#7dff5a", "#ff8c42", "#b18cff", "#ffffff", "#ff6060")
-LEAST_FACE, LONGEST = 120, 1600  # pixels; small images are enlarged until faces have the one or they the other
-LEAST_FONT = 9  # pixels of the letters next to bars that are short of room
+COLORS = ("#ffd000", "#00c8ff", "#ff6ec7", "#7dff5a", "#ff8c42", "#b18cff", "#ffffff")
+LEAST_FACE, LONGEST = 160, 1600  # pixels; small images are enlarged until faces have the one or they the other
 SHADE = (0, 0, 0, 150)
 
+Result = tuple[View, Prediction | None]  # None: an image without a face
 Area = tuple[float, float, float, float]  # left, top, right, bottom in pixels
+_load_font = cache(ImageFont.load_default)
 
 
-def draw_faces(
-    pixels: np.ndarray, results: list[tuple[View, Prediction | None]], *, enlarge: bool = True
-) -> Image.Image:
+def draw_faces(pixels: np.ndarray, results: list[Result], *, enlarge: bool = True) -> Image.Image:
     """`pixels` uint8 (H, W, 3) with a box, a label and bars for each (view, prediction).
 
     Small images are enlarged, so that letters and bars have room, unless `enlarge` is False. A label has the number of
-    the view, except for a face that is the only one. Bars are shrunk until they cover no face, label or other bars; if
-    they still do, they go where they cover least. A prediction of None stands for an image without a face.
+    the view, except for a face that is the only one. Labels and bars are shrunk until they cover no face and nothing
+    else of theirs, or stand where they cover least.
     """
-    scale = _enlargement(pixels, [view.face for view, _ in results if view.face]) if enlarge else 1.0
-    image = Image.fromarray(pixels)
+    image, scale = Image.fromarray(pixels), 1.0
+    if enlarge:
+        smallest = min((view.face.width for view, _ in results if view.face), default=image.width / 3)
+        scale = max(1.0, min(LEAST_FACE / smallest, LONGEST / max(image.size)))
     if scale > 1:
         image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
-    layer = Image.new("RGBA", image.size)
-    draw, items, taken = ImageDraw.Draw(layer), [], []
+    canvas, items = _Canvas(image.size), []
     for view, prediction in results:
         left, top, width, height = view.face.box if view.face else (0, 0, *pixels.shape[1::-1])
         box = tuple(scale * edge for edge in (left, top, left + width, top + height))
         color = _pick_color(box, view.number, items)
-        letters = max(13, max(image.size) / 90, min((box[2] - box[0]) / 7, max(image.size) / 28))  # pixels
-        items.append((box, color, letters, view, prediction))
+        items.append((box, color, view, prediction))
         if view.face:
-            draw.rectangle(box, outline=color, width=max(2, round(letters / 6)))
-            taken.append(box)
+            canvas.draw.rectangle(box, outline=color, width=max(2, round(canvas.letters(box) / 6)))
+            canvas.taken.append((*box, 1))
     is_numbered = len(results) > 1 or any(view.number > 1 for view, _ in results)
-    for box, color, letters, view, prediction in items:
+    for box, color, view, prediction in items:
         text = f"{prediction[0]} {prediction[1]:.0f}%" if prediction else "no face found"
-        text = f"{view.number}: {text}" if view.face and is_numbered else text
-        taken.append(_draw_label(draw, image.size, box, text, letters, color, taken))
-    for box, color, letters, view, prediction in items:  # after all labels, which matter more
+        canvas.add_label(box, color, f"{view.number}: {text}" if view.face and is_numbered else text)
+    for box, color, _, prediction in items:  # after all labels, which matter more
         if prediction:
-            taken.append(_draw_bars(draw, image.size, box, prediction[2], letters, color, taken, bool(view.face)))
-    return Image.alpha_composite(image.convert("RGBA"), layer).convert("RGB")
-
-
-@cache
-def _load_font(size: int) -> ImageFont.FreeTypeFont:
-    return ImageFont.load_default(size)
-
-
-def _enlargement(pixels: np.ndarray, faces: list[Face]) -> float:
-    height, width = pixels.shape[:2]
-    smallest = min((face.width for face in faces), default=width / 3)
-    return max(1.0, min(LEAST_FACE / smallest, LONGEST / max(height, width)))
+            canvas.add_bars(box, color, prediction[2])
+    return Image.alpha_composite(image.convert("RGBA"), canvas.layer).convert("RGB")
 
 
 def _pick_color(box: Area, number: int, items: list) -> str:
-    """That of the number, or if another box has it, the color whose nearest box is farthest away."""
-
-    def distance(color: str) -> float:
-        return min((_gap(box, other) for other, its_color, *_ in items if its_color == color), default=math.inf)
-
-    start = (number - 1) % len(COLORS)
-    return max(COLORS[start:] + COLORS[:start], key=distance)
-
-
-def _gap(a: Area, b: Area) -> float:
-    """Pixels between two areas, along the axis on which they are farther apart; below 0 if they overlap."""
-    return max(a[0] - b[2], b[0] - a[2], a[1] - b[3], b[1] - a[3])
+    """That of the number, or if another box has it, the one that is farthest away."""
+    start = max(0, number - 1) % len(COLORS)
+    gaps = dict.fromkeys(COLORS[start:] + COLORS[:start], math.inf)
+    for other, color, *_ in items:
+        gap = max(box[0] - other[2], other[0] - box[2], box[1] - other[3], other[1] - box[3])
+        gaps[color] = min(gap, gaps[color])
+    return max(gaps, key=gaps.get)
 
 
-def _place(size: tuple[int, int], wanted: list[tuple], taken: list[Area]) -> tuple:
-    """Of `wanted`, each (left, top, width, height, ...), the first that covers none of `taken`, or the one that covers
-    least; with its area, moved into the image, instead of the first four."""
-    others, best = np.array(taken).reshape(-1, 4), None
-    for left, top, width, height, *rest in wanted:
-        left, top = max(0, min(left, size[0] - width)), max(0, min(top, size[1] - height))
-        area = (left, top, left + width, top + height)
-        sides = np.minimum(others[:, 2:], area[2:]) - np.maximum(others[:, :2], area[:2])
-        covered = sides.clip(0).prod(1).sum()
-        if best is None or covered < best[0]:
-            best = covered, area, *rest
-        if not covered:
-            break
-    return best[1:]
+class _Canvas:
+    """The layer with what is drawn over an image of `size`, and the areas that are taken, each with its weight."""
 
+    def __init__(self, size: tuple[int, int]):
+        self.size, self.layer, self.taken = size, Image.new("RGBA", size), []
+        self.draw = ImageDraw.Draw(self.layer)
 
-def _draw_label(draw, size, box: Area, text: str, letters: float, color: str, taken: list[Area]) -> Area:
-    """Above the box, below it or inside at its top, smaller if that is all there is room for. Returns what it covers."""
-    text, wanted = printable(text), []
-    for shrink in (1.0, 0.85, 0.7):
-        font = _load_font(round(shrink * letters))
-        width, height = draw.textlength(text, font=font) + font.size * 0.6, font.size * 1.35
-        tops = [box[1] - height, box[3], box[1]]
-        wanted += [(box[0], top, width, height, font) for top in tops if 0 <= top <= size[1] - height]
-    area, font = _place(size, wanted, taken)
-    draw.rectangle(area, fill=color)
-    draw.text((area[0] + font.size * 0.3, area[1] + font.size * 0.1), text, font=font, fill="black")
-    return area
+    def letters(self, box: Area) -> float:
+        """The size of a label's letters in pixels."""
+        return max(13, max(self.size) / 90, min((box[2] - box[0]) / 7, max(self.size) / 28))
 
+    def take(self, wanted: Iterable[tuple]) -> tuple:
+        """The first of `wanted`, (left, top, width, height, ...), that covers least, as (area in the image, ...)."""
+        taken, best = np.array(self.taken).reshape(-1, 5), (math.inf,)
+        for left, top, width, height, *rest in wanted:
+            left, top = max(0, min(left, self.size[0] - width)), max(0, min(top, self.size[1] - height))
+            area = (left, top, left + width, top + height)
+            sides = np.minimum(taken[:, 2:4], area[2:]) - np.maximum(taken[:, :2], area[:2])
+            covered = (sides.clip(0).prod(1) * taken[:, 4]).sum()
+            best = (covered, area, *rest) if covered < best[0] else best
+        self.taken.append((*best[1], 4))
+        return best[1:]
 
-def _draw_bars(draw, size, box: Area, all_probs: dict, letters: float, color: str, taken: list[Area], is_face) -> Area:
-    """A bar for each class next to the box, or in the corner of a whole image. Returns what they cover."""
-    names, wanted = [printable(name) for name in all_probs], []
-    for shrink, bar in ((0.75, 5), (0.6, 5), (0.5, 5), (0.5, 2.5)):
-        least = min(LEAST_FONT, size[1] / (1.25 * len(names) + 0.4))  # all rows are inside the image
-        font = _load_font(max(1, int(max(least, shrink * letters))))
-        name_width = max(draw.textlength(name, font=font) for name in names) + font.size * 0.6
-        width, height = name_width + bar * font.size, font.size * (1.25 * len(names) + 0.4)
-        places = [(box[2] + 4, box[1]), (box[0] - width - 4, box[1]), (box[0], box[3] + 4)]
-        places += [(box[0], box[1] - height - 1.35 * letters - 4), (box[0], box[3] - height)]  # above; inside
-        if not is_face:
-            places = [(size[0] - width, size[1] - height)]
-        wanted += [(*place, width, height, font, name_width) for place in places]
-    area, font, name_width = _place(size, wanted, taken)
-    draw.rectangle(area, fill=SHADE)
-    for row, (name, percent) in enumerate(zip(names, all_probs.values(), strict=True)):
-        y = area[1] + font.size * (0.2 + 1.25 * row)
-        draw.text((area[0] + font.size * 0.3, y), name, font=font, fill="white")
-        start, full = area[0] + name_width, area[2] - area[0] - name_width - font.size * 0.3
-        bar = (start, y + font.size * 0.25, start + full * percent / 100, y + font.size)
-        draw.rectangle(bar, fill=color)
-    return area
+    def add_label(self, box: Area, color: str, text: str) -> None:
+        """Above the box, below it, or inside at its top."""
+        text, wanted = printable(text), []
+        for shrink in (1.0, 0.85, 0.7):
+            font = _load_font(round(shrink * self.letters(box)))
+            width, height = self.draw.textlength(text, font=font) + font.size * 0.6, font.size * 1.35
+            wanted += [(box[0], top, width, height, font) for top in (box[1] - height, box[3], box[1])]
+        area, font = self.take(wanted)
+        self.draw.rectangle(area, fill=color)
+        self.draw.text((area[0] + font.size * 0.3, area[1] + font.size * 0.1), text, font=font, fill="black")
+
+    def add_bars(self, box: Area, color: str, all_probs: dict[str, float]) -> None:
+        """A bar for each class, next to the box, below or above it; for a whole image, inside at its right."""
+        names, letters, wanted = [printable(name) for name in all_probs], self.letters(box), []
+        rows = 1.25 * len(names) + 0.4  # the height in sizes of the font
+        for shrink, bar in ((0.75, 5), (0.6, 5), (0.45, 5), (0.3, 5), (0.3, 2.5)):
+            least = min(max(9, max(self.size) / 160), self.size[1] / rows)  # so that all rows are inside the image
+            font = _load_font(max(1, int(max(least, shrink * letters))))
+            name_width = max(self.draw.textlength(name, font=font) for name in names) + font.size * 0.6
+            width, height = name_width + bar * font.size, font.size * rows
+            beside = product((box[2] + 4, box[0] - width - 4), (box[1], box[3] - height))
+            tops = (box[3] + 4, box[3] + 1.35 * letters + 4, box[1] - 1.35 * letters - height - 4)
+            places = [*beside, *product((box[0], box[2] - width), tops)]
+            wanted += [(*place, width, height, font, name_width) for place in places]
+        area, font, name_width = self.take(wanted)
+        self.draw.rectangle(area, fill=SHADE)
+        left, right, top = area[0] + name_width, area[2] - font.size * 0.3, area[1] + font.size * 0.2
+        for name, percent in zip(names, all_probs.values(), strict=True):
+            self.draw.text((area[0] + font.size * 0.3, top), name, font=font, fill="white")
+            end = left + (right - left) * percent / 100
+            self.draw.rectangle((left, top + font.size * 0.25, end, top + font.size), fill=color)
+            top += font.size * 1.25
 
 
 class Targets:
@@ -162,9 +146,7 @@ class Targets:
         return path
 
 
-def annotate_images(
-    predictions: Iterable[tuple[View, Prediction | None]], targets: Targets
-) -> Iterator[tuple[View, Prediction | None]]:
+def annotate_images(predictions: Iterable[Result], targets: Targets) -> Iterator[Result]:
     """Passes (view, prediction) on, and writes an annotated copy of each image after its last one.
 
     All of one image come together. Raises InputError if a copy can't be written.
