@@ -1,6 +1,8 @@
 """What several test files share. Tests draw their own images, and none touches the user's cache."""
 
 import contextlib
+import functools
+import inspect
 import io
 import os
 import random
@@ -17,8 +19,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-PORTRAIT = Path(__file__).resolve().parent.parent / "examples" / "astronaut.jpg"
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run side by side, and threads would slow each other down
+from errors import InputError  # the other modules of ours are imported later: they import torch
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # for torch: tests run side by side and would slow each other down
+REPO = Path(__file__).resolve().parent.parent
+PORTRAIT = REPO / "examples" / "astronaut.jpg"
+COUNTS = {"angry": 16, "happy": 14, "sad": 10}
+SMALL = ["--arch", "cnn4_bn", "--batch-size", "16"]
 
 
 @pytest.fixture(autouse=True)
@@ -27,10 +34,6 @@ def own_cache(tmp_path_factory, monkeypatch):
     folder = tmp_path_factory.mktemp("cache")
     monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
     return folder / "emotion_cnn"
-
-
-COUNTS = {"angry": 16, "happy": 14, "sad": 10}
-SMALL = ["--arch", "cnn4_bn", "--batch-size", "16"]
 
 
 @pytest.fixture(scope="session")
@@ -45,6 +48,14 @@ def trained(tmp_path_factory):
     code, _, err = run(train_emotion_cnn.main, *places, *SMALL, "--epochs", 1)
     assert code == 0, err
     return folder
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory):
+    """A checkpoint of an untrained model of three classes."""
+    from test_predict import write_checkpoint
+
+    return write_checkpoint(tmp_path_factory.mktemp("untrained") / "model.pth")
 
 
 def free_port():
@@ -65,16 +76,33 @@ def draw_image(seed, size=48, mode="L"):
 
 def refusal(function, *args, **options):
     """The message of the InputError that a call raises, which is one line."""
-    from errors import InputError
-
     with pytest.raises(InputError) as caught:
         function(*args, **options)
     assert str(caught.value).isprintable()
     return str(caught.value)
 
 
+def differing(left, right):
+    """The keys of two checkpoints, given or in files, whose values differ by so much as a bit; times may."""
+    import torch
+
+    def same(one, other):
+        if isinstance(one, dict) and isinstance(other, dict):
+            return not differing(one, other)
+        if isinstance(one, list | tuple) and isinstance(other, list | tuple):
+            return len(one) == len(other) and all(map(same, one, other))
+        if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
+            return one.dtype == other.dtype and torch.equal(one, other)
+        return one == other
+
+    load = functools.partial(torch.load, map_location="cpu", weights_only=True)
+    left, right = (part if isinstance(part, dict) else load(part) for part in (left, right))
+    keys = (left.keys() | right.keys()) - {"images_per_s", "seconds"}
+    return {key for key in keys if key not in left or key not in right or not same(left[key], right[key])}
+
+
 def open_portrait():
-    """The photo of a real face that comes along, 512 x 512 pixels."""
+    """A photo of a real face, 512 x 512 pixels."""
     return Image.open(PORTRAIT).convert("RGB")
 
 
@@ -85,7 +113,7 @@ def open_faceless():
 
 def run(main, *args):
     """Runs a script's main as the script does; returns (exit code, standard output, standard error)."""
-    from console import run_script  # not above, where torch would come before OMP_NUM_THREADS
+    from console import run_script
 
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), pytest.raises(SystemExit) as stop:
@@ -93,18 +121,24 @@ def run(main, *args):
     return stop.value.code or 0, out.getvalue(), err.getvalue()
 
 
+@contextlib.contextmanager
+def ctrl_c():
+    """Ctrl-C raises KeyboardInterrupt, also in the processes that are started, whatever started these tests."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def start(main, *args, ulimit="", **options):
-    """The script of `main` in a process that Ctrl-C reaches, whatever started these tests; `ulimit` is the shell's."""
+    """The script of `main` in a process that Ctrl-C reaches; `ulimit` is the shell's."""
     command = [sys.executable, "-u", sys.modules[main.__module__].__file__, *map(str, args)]
     if ulimit:
         command = ["bash", "-c", f'ulimit {ulimit}; exec "$@"', "bash", *command]
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        env = {**os.environ, "PYTHONIOENCODING": "utf-8"}
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-        return subprocess.Popen(command, env=env, encoding="utf-8", **pipes, **options)
-    finally:
-        signal.signal(signal.SIGINT, before)
+    options |= {"env": {**os.environ, "PYTHONIOENCODING": "utf-8"}, "encoding": "utf-8"}
+    with ctrl_c():
+        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
 
 
 def run_process(main, *args, **options):
@@ -123,10 +157,7 @@ def assert_refused(main, args, *words, run=run):
 
 
 def interrupt(main, args, function, call=1):
-    """Runs a script's main; Ctrl-C is pressed where it enters `function` for the `call`th time.
-
-    Returns its standard error.
-    """
+    """The standard error of a script's main; Ctrl-C is pressed where it enters `function` for the `call`th time."""
     calls = 0
 
     def press(frame, event, _):
@@ -136,13 +167,12 @@ def interrupt(main, args, function, call=1):
             sys.setprofile(None)
             signal.raise_signal(signal.SIGINT)
 
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    sys.setprofile(press)
-    try:
-        code, _, err = run(main, *args)
-    finally:
-        sys.setprofile(None)
-        signal.signal(signal.SIGINT, before)
+    with ctrl_c():
+        sys.setprofile(press)
+        try:
+            code, _, err = run(main, *args)
+        finally:
+            sys.setprofile(None)
     assert code == 130, err
     return err
 
@@ -158,6 +188,13 @@ def draw_folder(root, counts, size=48, mode="L", ending=".png"):
     return root
 
 
+def become_user():
+    if os.geteuid() == 0:
+        os.setgroups([])
+        os.setgid(65534)
+        os.setuid(65534)
+
+
 def run_as_user(code):
     """Output of Python `code` in a folder of its own; after its become_user() permissions bind it, also as root.
 
@@ -165,19 +202,10 @@ def run_as_user(code):
     """
     if os.name != "posix":
         pytest.skip("needs POSIX permissions")
-    become_user = """
-        import os
-
-        def become_user():
-            if os.geteuid() == 0:
-                os.setgroups([])
-                os.setgid(65534)
-                os.setuid(65534)
-    """
+    code = f"import os\n{inspect.getsource(become_user)}{textwrap.dedent(code)}"
     with tempfile.TemporaryDirectory() as folder:
         os.chmod(folder, 0o777)
-        env = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parent.parent), "XDG_CACHE_HOME": folder}
-        command = [sys.executable, "-c", textwrap.dedent(become_user) + textwrap.dedent(code)]
-        done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=300)
+        options = {"cwd": folder, "env": {**os.environ, "PYTHONPATH": str(REPO), "XDG_CACHE_HOME": folder}}
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, **options)
     assert done.returncode == 0, done.stderr
     return done.stdout

@@ -5,12 +5,11 @@ import shutil
 
 import numpy as np
 import pytest
-from conftest import draw_folder, draw_image
+from conftest import assert_refused, draw_folder, draw_image, run
 from PIL import Image, ImageEnhance
 
-import prepare_data
-from console import run_script
 from prepare.audit import audit, find_near_pairs, format_audit, hash_images
+from prepare_data import main
 
 
 @pytest.fixture
@@ -30,7 +29,7 @@ def test_clean_folder(folder):
     assert "2.0 times the images of the smallest" in format_audit(found)
 
 
-def test_everything_is_found(folder):
+def test_everything_is_found(folder, tmp_path):
     train, test = folder / "train", folder / "test"
     shutil.copy(train / "happy" / "happy_000.png", test / "happy" / "same.png")
     shutil.copy(train / "happy" / "happy_001.png", train / "sad" / "other_label.png")
@@ -38,7 +37,13 @@ def test_everything_is_found(folder):
     ImageEnhance.Brightness(again).enhance(0.9).convert("RGB").save(test / "sad" / "again.jpg", quality=85)
     Image.new("L", (48, 48), 7).save(train / "sad" / "blank.png")
     (train / "sad" / "broken.png").write_bytes(b"not an image")
-    found = audit(folder)
+    code, report, err = run(main, "audit", folder, "--output-dir", tmp_path / "out")
+    assert (code, err) == (0, "") and (tmp_path / "out" / "audit.txt").read_text() in report
+    assert "test/ images that are also in train/: 2, of which 1 byte for byte" in report
+    assert "groups under more than one label: 1" in report and "same.png" in report
+    assert min(Image.open(tmp_path / "out" / "audit.png").convert("RGB").size) > 100
+    found = json.loads((tmp_path / "out" / "audit.json").read_text())
+    assert found == audit(folder)
     groups = {(group["kind"], tuple(group["splits"]), tuple(group["classes"])) for group in found["groups"]}
     assert groups == {
         ("identical", ("test", "train"), ("happy",)),
@@ -47,28 +52,26 @@ def test_everything_is_found(folder):
     }
     assert found["leaks"] == {"test": {"identical": 1, "near": 2}} and found["duplicates"] == 2
     assert [row["file"] for row in found["unreadable"]] == [str(train / "sad" / "broken.png")]
-    assert found["blank"] == [str(train / "sad" / "blank.png")]
-    assert found["kinds"]["RGB 64 x 64"] == 1
-    report = format_audit(found)
-    assert "test/ images that are also in train/: 2, of which 1 byte for byte" in report
-    assert "groups under more than one label: 1" in report
+    assert found["blank"] == [str(train / "sad" / "blank.png")] and found["kinds"]["RGB 64 x 64"] == 1
 
 
-def test_worst_groups_come_first(folder):
-    source = folder / "train" / "happy" / "happy_000.png"
-    for number in range(5):
-        shutil.copy(folder / "train" / "happy" / "happy_003.png", folder / "train" / "happy" / f"many{number}.png")
-    shutil.copy(source, folder / "test" / "happy" / "leak.png")
-    assert [group["splits"] for group in audit(folder)["groups"]] == [["test", "train"], ["train"]]
+def test_worst_groups_come_first_and_show_every_label(folder):
+    train = folder / "train"
+    for name in ("happy/1", "happy/2", "happy/3", "happy/4", "happy/5", "sad/other"):
+        shutil.copy(train / "happy" / "happy_003.png", train / f"{name}.png")
+    shutil.copy(train / "happy" / "happy_000.png", folder / "test" / "happy" / "leak.png")
+    found = audit(folder)
+    assert [group["splits"] for group in found["groups"]] == [["test", "train"], ["train"]]
+    *_, line = format_audit(found).splitlines()
+    assert str(train / "sad" / "other.png") in line and line.endswith(" = ...") and line.count("happy/") == 3
 
 
-@pytest.mark.parametrize("count", [1, 2, 700])
-def test_other_images_are_not_near(count):
+def test_other_images_are_not_near():
     """Noise of all kinds; and a flat gradient next to its mirror image."""
-    images = [np.asarray(draw_image(seed, 32)) for seed in range(count)]
-    assert list(find_near_pairs(np.stack(images))) == []
+    images = np.stack([np.asarray(draw_image(seed, 32)) for seed in range(700)])
     ramp = np.tile(np.arange(32, dtype=np.uint8) * 8, (32, 1))
-    assert list(find_near_pairs(np.stack([ramp, ramp[:, ::-1]]))) == []
+    for others in (images[:1], images, np.stack([ramp, ramp[:, ::-1]])):
+        assert list(find_near_pairs(others)) == []
 
 
 def test_pairs_are_found_across_blocks():
@@ -81,60 +84,10 @@ def test_pairs_are_found_across_blocks():
     assert (hashes[3] == hashes[4999]).all() and set(np.unique(hashes)) == {-1, 1}
 
 
-def test_folder_of_classes_alone(tmp_path):
-    draw_folder(tmp_path / "faces", {"happy": 2, "sad": 2})
-    found = audit(tmp_path / "faces")
-    assert found["counts"] == {"faces": {"happy": 2, "sad": 2}} and found["leaks"] == {}
-
-
-@pytest.fixture
-def run(tmp_path, capsys):
-    """Runs the command with --output-dir `out`; returns (exit code, standard output, standard error)."""
-
-    def run_main(folder, out=tmp_path / "out"):
-        with pytest.raises(SystemExit) as stop:
-            run_script(lambda: prepare_data.main(["audit", str(folder), "--output-dir", str(out)]))
-        return stop.value.code or 0, *capsys.readouterr()
-
-    return run_main
-
-
-def test_command_line_writes_report_table_and_plot(folder, tmp_path, run):
-    shutil.copy(folder / "train" / "happy" / "happy_000.png", folder / "test" / "sad" / "same.png")
-    code, out, err = run(folder)
-    assert (code, err) == (0, "")
-    assert "also in train/: 1, of which 1 byte for byte" in out and "same.png" in out
-    assert (tmp_path / "out" / "audit.txt").read_text() in out
-    assert json.loads((tmp_path / "out" / "audit.json").read_text())["leaks"]["test"]["identical"] == 1
-    with Image.open(tmp_path / "out" / "audit.png") as image:
-        image.load()
-        assert image.width > 200
-
-
-def test_mistakes_are_one_line(tmp_path, run):
-    (tmp_path / "empty" / "happy").mkdir(parents=True)
-    draw_folder(tmp_path / "faces", {"happy": 2, "sad": 2})
-    mistakes = [("missing", "out", "missing"), ("empty", "out", "no images"), ("faces", "faces/audit", "--output-dir")]
-    for name, out, word in mistakes:
-        code, _, err = run(tmp_path / name, tmp_path / out)
-        assert code == 2 and err.count("\n") == 1 and word in err and not (tmp_path / out).exists()
-
-
-def test_images_of_which_none_can_be_read(tmp_path, run):
-    (tmp_path / "data" / "sad").mkdir(parents=True)
-    (tmp_path / "data" / "happy").mkdir()
-    (tmp_path / "data" / "happy" / "page.jpg").write_bytes(b"<html>")
-    _, out, _ = run(tmp_path / "data")
-    assert "unreadable: 1" in out and "happy 1 (100.0%), sad 0 (0.0%); without images: sad" in out
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["audit.json", "audit.txt"]
-
-
 def test_a_chain_is_one_group_but_leaks_are_pairs(folder):
     """a is near b, and b near c, but a is not near c: of a chain, only what is near a training image leaks."""
-    base = np.asarray(draw_image(500, 96).convert("L")).astype(float)
-    other = np.asarray(draw_image(501, 96).convert("L")).astype(float)
-    shares = {"train": 0.0, "Valid": 0.09, "test": 0.17}
-    for split, share in shares.items():
+    base, other = (np.asarray(draw_image(seed, 96)).astype(float) for seed in (500, 501))
+    for split, share in {"train": 0.0, "Valid": 0.09, "test": 0.17}.items():
         (folder / split / "happy").mkdir(parents=True, exist_ok=True)
         image = Image.fromarray(((1 - share) * base + share * other).astype(np.uint8))
         image.save(folder / split / "happy" / "chain.png")
@@ -144,11 +97,22 @@ def test_a_chain_is_one_group_but_leaks_are_pairs(folder):
     assert found["leaks"] == {"val": {"identical": 0, "near": 1}, "test": {"identical": 0, "near": 0}}
 
 
-def test_groups_show_the_other_label_among_the_first_files(tmp_path):
-    draw_folder(tmp_path / "train", {"angry": 1, "sad": 3})
-    source = tmp_path / "train" / "angry" / "angry_000.png"
-    for number in range(5):
-        shutil.copy(source, source.with_name(f"copy{number}.png"))
-    shutil.copy(source, tmp_path / "train" / "sad" / "copy.png")
-    (line,) = [line for line in format_audit(audit(tmp_path)).splitlines() if " = " in line]
-    assert str(tmp_path / "train" / "sad" / "copy.png") in line and line.endswith(" = ...") and line.count("angry") > 2
+def test_a_folder_of_classes_of_which_no_image_can_be_read(tmp_path):
+    for name in ("sad", "happy"):
+        (tmp_path / "data" / name).mkdir(parents=True)
+    (tmp_path / "data" / "happy" / "page.jpg").write_bytes(b"<html>")
+    _, out, _ = run(main, "audit", tmp_path / "data", "--output-dir", tmp_path / "out")
+    assert "unreadable: 1" in out and "data/: 1 images: happy 1 (100.0%), sad 0 (0.0%); without images: sad" in out
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["audit.json", "audit.txt"]
+    assert json.loads((tmp_path / "out" / "audit.json").read_text())["leaks"] == {}
+
+
+@pytest.mark.parametrize(
+    ("folder", "out", "word"),
+    [("missing", "out", "missing"), ("empty", "out", "no images"), ("faces", "faces/audit", "--output-dir")],
+)
+def test_refusals_write_nothing(folder, out, word, tmp_path):
+    (tmp_path / "empty" / "happy").mkdir(parents=True)
+    draw_folder(tmp_path / "faces", {"happy": 2, "sad": 2})
+    assert_refused(main, ["audit", tmp_path / folder, "--output-dir", tmp_path / out], word)
+    assert not (tmp_path / out).exists()

@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import refusal
 
-from device import autocast, cpu_limit, pick_device, pick_precision
+from device import cpu_limit, pick_device, pick_precision
 
 CPU = torch.device("cpu")
 
@@ -15,9 +15,7 @@ def test_devices():
     assert pick_device("auto").type == expected
 
 
-@pytest.mark.parametrize(
-    "name", ["banana", "", "cuda:99", "cpu:x", "xpu", "hpu", "mtia", "vulkan", "xla", "cuda:-1", "meta"]
-)
+@pytest.mark.parametrize("name", ["banana", "", "cuda:99", "cpu:x", "xpu", "hpu", "mtia", "xla", "cuda:-1", "meta"])
 def test_devices_that_are_not_there(name):
     assert f"--device {name}" in refusal(pick_device, name)
 
@@ -34,15 +32,6 @@ def test_precisions():
         assert message.startswith(f"--precision fp16 needs a CUDA device, and this is {device}")
 
 
-@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
-def test_autocast_computes_in_the_precision(precision):
-    a = torch.randn(4, 4)
-    with autocast(CPU, precision):
-        assert (a @ a).dtype == precision
-
-
-@pytest.mark.parametrize(
-    ("text", "cpus"), [("200000 100000", 2), ("150000 100000", 2), ("50000 100000", 1), ("max 100000", None)]
-)
+@pytest.mark.parametrize(("text", "cpus"), [("150000 100000", 2), ("50000 100000", 1), ("max 100000", None)])
 def test_share_of_the_cpus_that_a_container_has(text, cpus):
     assert cpu_limit(text) == cpus

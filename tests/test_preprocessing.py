@@ -1,10 +1,8 @@
 """Decoding: every kind of file becomes the same pixels everywhere, and what is damaged is refused by name."""
 
 import io
-import itertools
 import os
 import threading
-import warnings
 
 import numpy as np
 import pytest
@@ -15,12 +13,15 @@ from PIL import Image
 import preprocessing
 from errors import printable
 from models import InputSpec
-from preprocessing import normalize, read_image, to_input
+from preprocessing import READABLE, normalize, read_image, to_input
 
 GRAY = InputSpec(image_size=24)
 COLOR = InputSpec(24, 3, (0.5,) * 3, (0.5,) * 3)
 GRAY3 = InputSpec(24, 3, (0.5,) * 3, (0.5,) * 3, gray=True)
 WHITE = (255, 255, 255)
+
+
+EXACT = {"webp": {"lossless": True}, "jpg": {"quality": 100, "subsampling": 0}}
 
 
 def saved(image, path, **options):
@@ -33,14 +34,14 @@ def saved(image, path, **options):
 
 @pytest.mark.parametrize("ending", ["png", "bmp", "tif", "webp", "ppm"])
 def test_an_image_at_its_size_is_unchanged(ending, tmp_path):
-    options = {"lossless": True} if ending == "webp" else {}
-    gray, color = (saved(draw_image(1, 24, mode), tmp_path / f"{mode}.{ending}", **options) for mode in ("L", "RGB"))
-    pixels, expected = read_image(gray, GRAY), np.asarray(draw_image(1, 24))[None].astype(int)
+    images = [draw_image(1, 24, mode) for mode in ("L", "RGB")]
+    gray, color = (saved(image, tmp_path / f"{image.mode}.{ending}", **EXACT.get(ending, {})) for image in images)
+    pixels, expected = read_image(gray, GRAY), np.asarray(images[0])[None].astype(int)
     assert pixels.dtype == np.uint8 and pixels.shape == (1, 24, 24)
     assert np.abs(pixels - expected).max() <= (1 if ending == "webp" else 0)
     assert np.array_equal(read_image(gray, COLOR), pixels.repeat(3, 0))
     pixels = read_image(color, COLOR)
-    assert pixels.shape == (3, 24, 24) and pixels.flags.c_contiguous
+    assert pixels.flags.c_contiguous
     assert np.array_equal(pixels, np.asarray(draw_image(1, 24, "RGB")).transpose(2, 0, 1))  # RGB, not BGR
 
 
@@ -55,13 +56,10 @@ def test_a_gray_model_sees_a_color_image_as_pillow_grays_it(spec, tmp_path):
 
 
 def test_the_aspect_ratio_is_not_kept(tmp_path):
-    image = Image.fromarray(np.repeat(np.array([[0, 255]], np.uint8), 40, 1).repeat(10, 0))  # 80 x 10, left half black
-    pixels = read_image(saved(image, tmp_path / "a.png"), GRAY)[0]
-    assert pixels[:, :11].max() == 0 and pixels[:, 13:].min() == 255
-    assert np.array_equal(pixels, np.asarray(image.resize((24, 24), Image.Resampling.BILINEAR)))
-    for size in ((1, 1), (1, 500), (500, 1)):
-        path = saved(Image.new("RGB", size, (10, 20, 30)), tmp_path / "a.png")
-        assert (read_image(path, COLOR) == np.array([10, 20, 30]).reshape(3, 1, 1)).all()
+    for size in ((80, 10), (1, 500)):
+        image = draw_image(1).resize(size)
+        pixels = read_image(saved(image, tmp_path / "a.png"), GRAY)[0]
+        assert np.array_equal(pixels, np.asarray(image.resize((24, 24), Image.Resampling.BILINEAR)))
 
 
 def halves(left, right, mode="RGB", palette=None):
@@ -105,61 +103,37 @@ def test_transparency_palettes_bits_and_cmyk(name, image, options, left, right, 
 def test_sixteen_bits_are_scaled_not_clipped(ending, tmp_path):
     values = np.repeat(np.array([[0, 128 * 257, 65535]], np.uint16), 8, 1).repeat(24, 0)
     values[0] = 300  # a clip at 255 would make it white
-    paths = [saved(Image.fromarray(values), tmp_path / f"a.{ending}"), tmp_path / "big-endian.tif"]
-    with paths[1].open("wb") as file:
-        Image.frombytes("I;16B", (24, 24), values.astype(">u2").tobytes()).save(file, "TIFF")
-    for path, spec in itertools.product(paths, (GRAY, COLOR)):
-        pixels = read_image(path, spec)
-        assert (pixels[:, 0] == 1).all()
-        assert [pixels[0, 5, column] for column in (3, 11, 20)] == [0, 128, 255]
-
-
-@pytest.mark.parametrize("mode", ["YCbCr", "HSV", "RGBX", "RGBa", "PA"])
-@pytest.mark.parametrize("spec", [GRAY, COLOR], ids=["gray", "color"])
-def test_pil_images_of_rare_modes(mode, spec):
-    image = draw_image(1, 24, {"RGBa": "RGBA", "PA": "P"}.get(mode, "RGB"))
-    pixels = read_image(image.convert(mode), spec)
-    assert np.abs(pixels.astype(int) - read_image(image, spec)).mean() < 4  # HSV and YCbCr round
+    big_endian = Image.frombytes("I;16B", (24, 24), values.astype(">u2").tobytes())
+    for image in (Image.fromarray(values), *([big_endian] if ending == "tif" else [])):
+        for spec in (GRAY, COLOR):
+            pixels = read_image(saved(image, tmp_path / f"a.{ending}"), spec)
+            assert (pixels[:, 0] == 1).all() and pixels[0, 5, [3, 11, 20]].tolist() == [0, 128, 255]
 
 
 @pytest.mark.parametrize("ending", ["jpg", "png", "webp", "tif"])
-@pytest.mark.parametrize("orientation", range(1, 9))
-def test_every_exif_orientation(ending, orientation, tmp_path):
+@pytest.mark.parametrize("orientation, undo", [(2, 0), (3, 3), (4, 1), (5, 5), (6, 2), (7, 6), (8, 4)])
+def test_every_exif_orientation(ending, orientation, undo, tmp_path):
     upright = draw_image(5, 24, "RGB").resize((40, 24), Image.Resampling.NEAREST)
-    undo = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}  # Image.Transpose that stores `upright` so that it is turned
-    stored = upright.transpose(Image.Transpose(undo[orientation])) if orientation > 1 else upright
+    stored = upright.transpose(Image.Transpose(undo))
     exif = Image.Exif()
     exif[0x0112] = orientation
-    lossy = {"jpg": {"quality": 100, "subsampling": 0}, "webp": {"lossless": True}}.get(ending, {})
-    pixels = read_image(saved(stored, tmp_path / f"a.{ending}", exif=exif, **lossy), COLOR)
+    pixels = read_image(saved(stored, tmp_path / f"a.{ending}", exif=exif, **EXACT.get(ending, {})), COLOR)
     assert np.abs(pixels.astype(int) - read_image(upright, COLOR)).max() <= (8 if ending == "jpg" else 0)
-
-
-@pytest.mark.parametrize("exif", [b"Exif\0\0rubbish", b"Exif\0\0", b"Exif\0\0II*\0\x08\0\0\0\xff\xff"])
-def test_an_image_with_damaged_exif_is_read(exif, tmp_path):
-    image = draw_image(5, 24)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        pixels = read_image(saved(image, tmp_path / "a.jpg", exif=exif, quality=100), GRAY)
-    assert np.abs(pixels[0].astype(int) - np.asarray(image)).mean() < 4
 
 
 @pytest.mark.parametrize("ending", ["gif", "webp", "tif", "png"])
 def test_an_animation_counts_as_its_first_frame(ending, tmp_path):
     frames = [Image.new("RGB", (24, 24), color) for color in ("red", "lime", "blue")]
-    options = {"lossless": True} if ending == "webp" else {}
-    path = saved(frames[0], tmp_path / f"a.{ending}", save_all=True, append_images=frames[1:], **options)
+    options = EXACT.get(ending, {}) | {"save_all": True, "append_images": frames[1:]}
+    path = saved(frames[0], tmp_path / f"a.{ending}", **options)
     assert np.array_equal(read_image(path, COLOR), read_image(frames[0], COLOR))
 
 
 def test_arrays_and_pil_images_are_read_as_files_are_and_left_alone(tmp_path):
     image = draw_image(4, 31, "RGB")
-    array, gray = np.array(image), image.convert("L")
-    expected = read_image(saved(image, tmp_path / "a.png"), COLOR)
-    for source in (image, array):
-        assert np.array_equal(read_image(source, COLOR), expected)
-        assert np.array_equal(read_image(source, GRAY), read_image(tmp_path / "a.png", GRAY))
+    array, gray, path = np.array(image), image.convert("L"), saved(image, tmp_path / "a.png")
     for spec in (GRAY, COLOR):
+        assert all(np.array_equal(read_image(source, spec), read_image(path, spec)) for source in (image, array))
         assert np.array_equal(read_image(np.asarray(gray), spec), read_image(gray, spec))
     flipped = array[:, ::-1]  # a view that is not contiguous
     assert np.array_equal(read_image(flipped, COLOR), read_image(flipped.copy(), COLOR))
@@ -178,19 +152,21 @@ def refused(source):
     return message
 
 
-@pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP", "PPM"])
-@pytest.mark.parametrize("share", [0.1, 0.5, 0.8])
+@pytest.mark.parametrize("kind", READABLE)
+@pytest.mark.parametrize("share", [0.1, 0.8])
 def test_truncated_files_are_refused(kind, share, tmp_path):
     buffer = io.BytesIO()
     draw_image(9, 64, "RGB").save(buffer, kind)
-    path = tmp_path / "cut.png"
-    path.write_bytes(buffer.getvalue()[: int(share * buffer.tell())])
-    refused(path)
+    (tmp_path / "cut.png").write_bytes(buffer.getvalue()[: int(share * buffer.tell())])
+    refused(tmp_path / "cut.png")
 
 
 def test_what_is_no_image_file_is_refused(tmp_path):
     (tmp_path / "empty.png").write_bytes(b"")
     assert "empty" in refused(tmp_path / "empty.png")
+    with open(tmp_path / "huge.png", "wb") as file:
+        file.truncate(2**40)  # sparse: it takes no room, and nothing of it is read
+    assert "bytes" in refused(tmp_path / "huge.png")
     (tmp_path / "text.jpg").write_text("no image\nat all")
     refused(tmp_path / "text.jpg")
     (tmp_path / "folder.png").mkdir()
@@ -199,27 +175,22 @@ def test_what_is_no_image_file_is_refused(tmp_path):
     for name, target in (("dangling.png", "nowhere"), ("round.png", "round.png")):
         (tmp_path / name).symlink_to(target)
         refused(tmp_path / name)
-    for name in ("Mümmé 日本.png", "a'b\"c  $.png", "new\nline.png", "-\x1b[31m.png"):
+    for name in ("Mümmé 日本.png", "a'b\"c  $.png", "-\n\x1b[31m.png"):
         read_image(saved(draw_image(1, 24), tmp_path / name), GRAY)
         (tmp_path / name).write_bytes(b"x")
         refused(str(tmp_path / name))
     if hasattr(os, "mkfifo"):
         os.mkfifo(tmp_path / "pipe.png")
         assert "regular file" in refused(tmp_path / "pipe.png")  # without waiting for a writer
-    path = saved(Image.fromarray(np.ones((24, 24), np.float32)), tmp_path / "a.tif")
-    assert "floating-point" in refused(path)
+    assert "floating-point" in refused(saved(Image.fromarray(np.ones((24, 24), np.float32)), tmp_path / "a.tif"))
 
 
 @pytest.mark.parametrize(
     "source",
     [
-        *[np.zeros((24, 24, 3), kind) for kind in (np.float64, np.float32)],
-        np.zeros((24, 24), bool),
-        *[np.zeros(shape, np.uint8) for shape in ((24, 24, 4), (3, 24, 24), (1, 24, 24, 3), (24,), (0, 0), (0, 5, 3))],
-        None,
-        b"bytes.png",
-        [1, 2],
-        torch.zeros(24, 24),
+        *[np.zeros((24, 24), kind) for kind in (np.float32, bool)],
+        *[np.zeros(shape, np.uint8) for shape in ((24, 24, 4), (3, 24, 24), (1, 24, 24, 3), (24,), (0, 5, 3))],
+        *[None, b"bytes.png", [1, 2], torch.zeros(24, 24)],
     ],
     ids=lambda source: f"{type(source).__name__}{getattr(source, 'shape', '')}",
 )
@@ -228,21 +199,13 @@ def test_other_sources_are_refused(source):
 
 
 def test_more_pixels_than_allowed_are_refused_before_decoding(tmp_path, monkeypatch):
-    path = saved(Image.new("1", (10_001, 10_000)), tmp_path / "bomb.png")
-    assert path.stat().st_size < 100_000
-    assert "100,000,000" in refused(path)
+    assert "100,000,000" in refused(saved(Image.new("1", (10_001, 10_000)), tmp_path / "bomb.png"))
     monkeypatch.setattr(preprocessing, "MAX_PIXELS", 500)
     read_image(saved(draw_image(1, 22), tmp_path / "ok.png"), GRAY)
     path = saved(draw_image(1, 23), tmp_path / "large.png")
     path.write_bytes(path.read_bytes()[:60])  # decoding would find it truncated
     message = refused(path)
     assert "23 x 23" in message and "500" in message
-
-
-def test_huge_files_are_refused_before_they_are_read(tmp_path):
-    with open(tmp_path / "huge.png", "wb") as file:
-        file.truncate(2**40)  # sparse: it takes no room
-    assert "bytes" in refused(tmp_path / "huge.png")
 
 
 @pytest.mark.skipif(os.name != "posix", reason="puts a program on the path")
@@ -273,12 +236,8 @@ def test_to_input_scales_and_normalizes_by_channel(stored, channels):
 
 
 def test_printable_escapes_what_a_terminal_would_obey():
-    for text, shown in (
-        ("plain é 日本.png", "plain é 日本.png"),
-        ("a\nb\x00\x1b[31mred", r"a\nb\x00\x1b[31mred"),
-        ("caf\udce9\u202egnp.exe", r"caf\udce9\u202egnp.exe"),
-    ):
-        assert printable(text) == shown and shown.encode("utf-8")
+    assert printable("plain é 日本.png") == "plain é 日本.png"
+    assert printable("\n\x00\x1b[31m caf\udce9\u202egnp.exe") == r"\n\x00\x1b[31m caf\udce9\u202egnp.exe"
 
 
 # Decoding ahead
@@ -292,7 +251,7 @@ def write_files(folder, count, size):
 
 
 @pytest.mark.parametrize("size", [10, 20_000])  # of a file: one decoder, or one for each CPU
-@pytest.mark.parametrize("count", [0, 1, 7, 8, 50])
+@pytest.mark.parametrize("count", [0, 1, 7, 50])
 def test_chunks_come_in_order_and_whole(tmp_path, count, size):
     sources = write_files(tmp_path, count, size)
     chunks = list(preprocessing.in_chunks(sources, lambda chunk: [os.path.basename(path) for path in chunk], 7))

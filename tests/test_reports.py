@@ -31,9 +31,7 @@ def metrics_of(labels, preds, names=NAMES, split="test"):
     [(8, 10, 0.4902, 0.9433), (0, 10, 0.0, 0.2775), (10, 10, 0.7225, 1.0), (2450, 3589, 0.6672, 0.6977)],
 )
 def test_wilson_interval(correct, count, low, high):
-    found = wilson_interval(correct, count)
-    assert found == pytest.approx((low, high), abs=1e-4) and all(type(value) is float for value in found)
-    assert -1e-12 <= found[0] <= correct / count + 1e-12 and correct / count - 1e-12 <= found[1] <= 1 + 1e-12
+    assert wilson_interval(correct, count) == pytest.approx((low, high), abs=1e-4)
 
 
 def test_metrics_by_hand():
@@ -67,8 +65,8 @@ def test_calibration_by_hand():
     log_probs = log_probs_of(preds)
     log_probs[4] = log_probs_of(preds, share=0.98)[4]
     result = calibration(labels, log_probs)
-    rows = [[row["count"], row["confidence"], row["accuracy"]] for row in result["bins"]]
-    assert np.array(rows) == pytest.approx(np.array([[4, 0.8, 0.75], [1, 0.98, 1.0]]), rel=1e-4)
+    rows = np.array([list(row.values()) for row in result["bins"]])  # count, confidence, accuracy
+    assert rows == pytest.approx(np.array([[4, 0.8, 0.75], [1, 0.98, 1.0]]), rel=1e-4)
     assert result["ece"] == pytest.approx((4 * 0.05 + 1 * 0.02) / 5, rel=1e-3)
     certain = log_probs_of(labels, share=1 - 1e-7)
     assert [calibration(true, certain)["ece"] for true in (labels, (labels + 1) % 3)] == pytest.approx([0, 1], abs=1e-5)
@@ -83,7 +81,7 @@ def test_metrics_hold_calibration_with_and_without_temperature():
     assert "5.00%" in line and "20.00%" in line and "2.50" in line
 
 
-@pytest.mark.parametrize(("same", "warned"), [(79, False), (80, False), (81, True), (100, True)])
+@pytest.mark.parametrize(("same", "warned"), [(80, False), (81, True)])
 def test_one_class_warning_above_four_fifths(same, warned):
     metrics = metrics_of([0, 1] * 50, [1] * same + [0] * (100 - same))
     line = one_class_warning(metrics)
@@ -93,131 +91,95 @@ def test_one_class_warning_above_four_fifths(same, warned):
 
 
 def test_report_in_percent():
-    metrics = metrics_of([0, 0, 0, 0, 1, 1, 2, 2, 2, 2], [0, 0, 0, 1, 1, 2, 2, 2, 0, 2], split="val")
+    names = ["angry", "a very long name of a class indeed", "sad"]
+    metrics = metrics_of([0, 0, 0, 0, 1, 1, 2, 2, 2, 2], [0, 0, 0, 1, 1, 2, 2, 2, 0, 2], names, split="val")
     rows = format_report(metrics).splitlines()
     assert rows[0].startswith("Split: val, 10 ")
     assert rows[1] == "Accuracy: 70.00% (95% interval 39.68 to 89.22)"
     assert "Macro F1: 66.67%" in rows[2] and "Balanced accuracy: 66.67%" in rows[2]
-    assert rows[-2].split() == ["happy", "50.00%", "50.00%", "50.00%", "2"]
+    assert rows[-2].split()[-4:] == ["50.00%", "50.00%", "50.00%", "2"]
+    assert len({len(row) for row in rows[5:]}) == 1 and len(rows) == 9  # in columns
 
 
-@pytest.mark.parametrize("names", [NAMES, ["a", "a very long name of a class indeed", "c"]])
-def test_the_table_of_the_report_stands_in_columns(names):
-    rows = format_report(metrics_of([0, 1, 2], [0, 1, 2], names)).splitlines()
-    assert len({len(row) for row in rows[5:]}) == 1 and len(rows) == 9
-
-
-def test_accuracy_without_duplicates():
-    labels, preds = np.array([0, 0, 1, 1, 2]), [0, 1, 1, 1, 0]
-    for marked, line in (([0, 3], "Without the 2 images that are also in train/: 33.33% of 3 (95%"), ([], None)):
-        in_train = np.isin(np.arange(5), marked)
-        metrics = compute_metrics(labels, log_probs_of(preds), NAMES, split="test", in_train=in_train)
-        assert metrics["accuracy"] == 0.6
-        if line:
-            found = metrics["without_duplicates"]
-            assert (found["count"], found["accuracy"]) == (3, 1 / 3) and line in format_report(metrics)
-        else:
-            assert "without_duplicates" not in metrics and "also in train" not in format_report(metrics)
+@pytest.mark.parametrize("marked", [[0, 3], [], range(5)])
+def test_accuracy_without_duplicates(marked):
+    labels, preds, in_train = np.array([0, 0, 1, 1, 2]), [0, 1, 1, 1, 0], np.isin(np.arange(5), marked)
+    metrics = compute_metrics(labels, log_probs_of(preds), NAMES, split="test", in_train=in_train)
+    line = "Without the 2 images that are also in train/: 33.33% of 3 (95%"
+    assert metrics["accuracy"] == 0.6 and (line in format_report(metrics)) == (marked == [0, 3])
+    own = metrics.get("without_duplicates", {})
+    assert (own.get("count"), own.get("accuracy")) == ((3, 1 / 3) if marked == [0, 3] else (None, None))
 
 
 # Plots
 
 
-def assert_image(path, least=200):
-    """A PNG of a plausible size that shows something."""
+def read_plot(path):
+    """The pixels of a PNG of a plausible size that shows something."""
     with Image.open(path) as image:
-        assert image.format == "PNG"
+        assert image.format == "PNG" and min(image.size) >= 200 and max(image.size) < 5000
         pixels = np.asarray(image.convert("RGB"))
-    assert least <= min(pixels.shape[:2]) and max(pixels.shape[:2]) < 6000
-    assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 10 and (pixels < 128).any() and pixels.std() > 5
+    assert (pixels < 128).any() and pixels.std() > 5
     return pixels
 
 
-def history_of(epochs):
-    names = ("train_loss", "train_acc", "val_loss", "val_acc")
-    return [{"epoch": epoch} | dict.fromkeys(names, 1 / epoch) for epoch in range(1, epochs + 1)]
-
-
+HISTORY = [
+    {"epoch": number, "train_loss": 1 / number, "train_acc": 0.5, "val_loss": loss, "val_acc": acc}
+    for number, loss, acc in ((1, 1.0, 0.5), (2, 0.9, 0.7), (3, 0.8, 0.7), (4, 0.1, 0.6))
+]
 NAME_SETS = [
-    NAMES,
-    ["a$b", "$c$ d", r"\$e"],
-    ["x_1^2", "{curly}", r"\alpha", "100%"],
-    ["a" * 60, "b", "c"],
-    [f"class {number}" for number in range(9)],
-    ["wütend", "traurig", "fröhlich"],
+    ["a$b", "$c$ d", r"\$e", r"\alpha", "x_1^2", "{curly}", "100%", "a" * 60, "wütend"],
+    [f"class {number}" for number in range(80)],
 ]
 
 
-@pytest.mark.parametrize("names", NAME_SETS, ids=lambda names: names[0][:10])
+@pytest.mark.parametrize("names", NAME_SETS, ids=["special", "many"])
 def test_confusion_matrix(names, tmp_path):
     labels = list(range(len(names) - 1))  # the last class is absent
     metrics = metrics_of(labels * 3, labels * 2 + [0] * len(labels), names)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         reports.plot_confusion_matrix(metrics, tmp_path / "matrix.any name")
-    pixels = assert_image(tmp_path / "matrix.any name")
+    pixels = read_plot(tmp_path / "matrix.any name")
     assert (pixels[..., 2] > pixels[..., 0] + 80).mean() > 0.005  # the blue cells can be seen
-
-
-def test_confusion_matrix_of_many_classes_has_a_limited_size(tmp_path):
-    metrics = metrics_of(range(200), range(200), [f"class {number}" for number in range(200)])
-    reports.plot_confusion_matrix(metrics, tmp_path / "matrix.png")
-    with Image.open(tmp_path / "matrix.png") as image:
-        assert max(image.size) < 5000
 
 
 @pytest.mark.parametrize(("epochs", "best"), [(1, 1), (4, 3)])
 def test_history_marks_the_epoch_that_was_saved(epochs, best, tmp_path, monkeypatch):
-    history = history_of(epochs)
-    for row, acc, loss in zip(history, (0.5, 0.7, 0.7, 0.6), (1.0, 0.9, 0.8, 0.1), strict=False):
-        row |= {"val_acc": acc, "val_loss": loss}
     from matplotlib.axes import Axes
 
     marked, draw = [], Axes.axvline
     monkeypatch.setattr(Axes, "axvline", lambda self, x, **options: marked.append(x) or draw(self, x, **options))
-    reports.plot_history(history, tmp_path / "history.png", title="cnn4 on $faces$ and $5")
-    assert_image(tmp_path / "history.png")
+    reports.plot_history(HISTORY[:epochs], tmp_path / "history.png", title="cnn4 on $faces$ and $5")
+    read_plot(tmp_path / "history.png")
     assert marked == [best, best]
 
 
-@pytest.mark.parametrize("count", [1, 6])
-@pytest.mark.parametrize("shape", [(24, 24), (24, 24, 3)], ids=["gray", "color"])
-def test_samples(count, shape, tmp_path):
-    rng = np.random.default_rng(0)
-    cells = [(rng.integers(0, 256, shape, dtype=np.uint8), f"a$b$c {number}", "black") for number in range(count)]
-    reports.plot_grid([cells, cells[:2]], tmp_path / "samples.png", title="3 of $5$")
-    assert_image(tmp_path / "samples.png")
-
-
 def test_samples_show_gray_values_as_they_are(tmp_path):
-    image = np.full((24, 24), 100, np.uint8)
-    image[0, 0] = 140  # stretched to the range of the image, the rest would be black
-    reports.plot_grid([[(image, "happy", "black")]], tmp_path / "samples.png", title="t")
-    assert (assert_image(tmp_path / "samples.png", least=100) == 100).all(-1).mean() > 0.2
+    gray, color = np.full((24, 24), 100, np.uint8), np.full((24, 24, 3), (250, 0, 0), np.uint8)
+    gray[0, 0] = 140  # stretched to the range of the image, the rest would be black
+    rows = [[(gray, "a$b$c", "black"), (color, "sad", "black")], [(gray, "angry", "black")]]
+    reports.plot_grid(rows, tmp_path / "samples.png", title="3 of $5$")
+    pixels = read_plot(tmp_path / "samples.png")
+    assert (pixels == 100).all(-1).mean() > 0.2 and (pixels == (250, 0, 0)).all(-1).mean() > 0.1
 
 
-def test_drawing_keeps_no_figures_and_needs_no_display(tmp_path, monkeypatch):
+def test_all_files_of_a_report_without_a_display(tmp_path, monkeypatch):
     monkeypatch.delenv("DISPLAY", raising=False)
     import matplotlib
     from matplotlib import pyplot
 
     before, backend = pyplot.get_fignums(), matplotlib.rcParams._get("backend")
-    reports.plot_confusion_matrix(metrics_of([0, 1, 2], [0, 1, 2]), tmp_path / "matrix.png")
-    reports.plot_history(history_of(3), tmp_path / "history.png", title="t")
-    assert pyplot.get_fignums() == before and matplotlib.rcParams._get("backend") == backend
-
-
-@pytest.mark.parametrize("names", [NAMES, ["fröhlich", "日本", "x"]], ids=["plain", "letters"])
-def test_all_files_of_a_report(names, tmp_path):
-    metrics, history = metrics_of([0, 1, 2, 2], [0, 1, 2, 0], names), history_of(2)
+    metrics, history = metrics_of([0, 1, 2, 2], [0, 1, 2, 0], ["fröhlich", "日本", "x"]), HISTORY[:2]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of letters that the font lacks
         assert reports.write_report(metrics, tmp_path) == list(reports.METRICS_FILES)
         assert {path.name for path in tmp_path.iterdir()} == set(reports.METRICS_FILES)
         written = reports.write_report(metrics, tmp_path, history, title="t")
+    assert pyplot.get_fignums() == before and matplotlib.rcParams._get("backend") == backend  # the user's
     assert {path.name for path in tmp_path.iterdir()} == {*written} == {*reports.METRICS_FILES, *reports.HISTORY_FILES}
     for path in tmp_path.glob("*.png"):
-        assert_image(path)
+        read_plot(path)
     assert json.loads((tmp_path / "metrics.json").read_text(encoding="utf-8")) == metrics
     assert (tmp_path / "classification_report.txt").read_text(encoding="utf-8") == format_report(metrics)
     with (tmp_path / "training_history.csv").open(encoding="utf-8", newline="") as file:
