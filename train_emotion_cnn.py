@@ -35,7 +35,7 @@ from checkpoints import (
     without_folders,
 )
 from console import ArgumentParser, make_output_dir, number, run_script
-from data import SAMPLE_SET
+from data import SAMPLE_SET, find_splits
 from device import PRECISIONS, memory_format, pick_device, pick_precision
 from engine import distributed, resume
 from engine.augment import EXAMPLE, PRESETS, augment, parse_augment
@@ -274,7 +274,10 @@ def make_step(settings: Settings, splits: Splits, model: nn.Module, group: Proce
 
 def describe(settings: Settings, splits: Splits, step: TrainStep, progress: resume.Progress) -> str:
     """What is trained on what, line by line."""
-    lines, best_path = splits.notes + warn_of_photos(splits.train.paths), Path(settings.output_dir, BEST_NAME)
+    lines, best_path = (
+        splits.notes + warn_of_photos(find_splits(settings.data_dir)["train"]),
+        Path(settings.output_dir, BEST_NAME),
+    )
     if progress.epoch == 0 and best_path.exists():
         lines.append(f"the earlier {printable(best_path)} will be kept as {PREVIOUS_NAME}")
     test = f"{len(splits.test):,} to test" if splits.test else "none to test"

@@ -38,7 +38,7 @@ def load_opencv():
     except Exception as error:  # a broken build raises anything
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         hint = "pip install opencv-python, or opencv-python-headless without a window"
-        raise InputError(f"cameras need OpenCV: {hint} ({reason})") from None
+        raise InputError(f"cameras and windows need OpenCV: {hint} ({reason})") from None
     return cv2
 
 

@@ -20,7 +20,7 @@ from errors import printable
 from inference import Prediction, View
 from preprocessing import read_whole
 
-COLORS = ("#ffd000", "#00c8ff", "#ff6ec7", "#7dff5a", "#ff8c42", "#b18cff", "#ffffff")
+COLORS = ("#ffd000", "#00c8ff", "#ff6ec7", "#7dff5a", "#ff8c42", "#b18cff", "#ffffff", "#00e0b0")
 LEAST_FACE, LONGEST = 160, 1600  # pixels; small images are enlarged until faces have the one or they the other
 SHADE = (0, 0, 0, 150)
 
@@ -43,7 +43,7 @@ def draw_faces(pixels: np.ndarray, results: list[Result], *, enlarge: bool = Tru
     if scale > 1:
         image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
     canvas, items = _Canvas(image.size), []
-    for view, prediction in results:
+    for view, prediction in sorted(results, key=lambda result: result[0].face.left if result[0].face else 0):
         left, top, width, height = view.face.box if view.face else (0, 0, *pixels.shape[1::-1])
         box = tuple(scale * edge for edge in (left, top, left + width, top + height))
         color = _pick_color(box, view.number, items)
@@ -62,7 +62,7 @@ def draw_faces(pixels: np.ndarray, results: list[Result], *, enlarge: bool = Tru
 
 
 def _pick_color(box: Area, number: int, items: list) -> str:
-    """That of the number, or if another box has it, the one that is farthest away."""
+    """That of the number, or if another box has it, one that none has, or the one that is farthest away."""
     start = max(0, number - 1) % len(COLORS)
     gaps = dict.fromkeys(COLORS[start:] + COLORS[:start], math.inf)
     for other, color, *_ in items:
@@ -114,9 +114,9 @@ class _Canvas:
             font = _load_font(max(1, int(max(least, shrink * letters))))
             name_width = max(self.draw.textlength(name, font=font) for name in names) + font.size * 0.6
             width, height = name_width + bar * font.size, font.size * rows
-            beside = product((box[2] + 4, box[0] - width - 4), (box[1], box[3] - height))
+            at_sides = product((box[2] + 4, box[0] - width - 4), (box[1], box[3] - height))
             tops = (box[3] + 4, box[3] + 1.35 * letters + 4, box[1] - 1.35 * letters - height - 4)
-            places = [*beside, *product((box[0], box[2] - width), tops)]
+            places = [*at_sides, *product((box[0], box[2] - width), tops)]
             wanted += [(*place, width, height, font, name_width) for place in places]
         area, font, name_width = self.take(wanted)
         self.draw.rectangle(area, fill=SHADE)

@@ -15,7 +15,7 @@ from PIL import Image
 
 import data
 import train_emotion_cnn
-from data import FolderImages, default_cache_dir, find_classes, find_splits, walk_images
+from data import FolderImages, default_cache_dir, describe_others, find_classes, find_splits, walk_images
 from models import InputSpec
 from preprocessing import read_image
 
@@ -73,6 +73,9 @@ def test_walk_finds_nested_and_linked_images_and_leaves_out_the_hidden(tmp_path)
         (root / name).symlink_to(target)
     found = [os.path.relpath(entry.path, root) for entry in walk_images(root)]
     assert found == sorted([*shown, "linked/g.png", "single.png"])
+    assert sorted(describe_others(root).split(", ")) == ["1 .txt", "1 without an ending"]  # the link that is a loop
+    (root / "photo.HEIC").touch()
+    assert "1 .heic" in describe_others(root) and "pip install pillow-heif" in describe_others(root)
 
 
 def test_classes_are_matched_by_name_and_others_refused(tmp_path):

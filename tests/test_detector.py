@@ -12,7 +12,7 @@ from test_predict import NAMES, rows_of
 
 from faces.align import Face, align_face
 from faces.detector import detect, find_faces, keep_best
-from inference import classify, classify_on_cores, make_finder
+from inference import classify, classify_on_cores, make_finder, warn_of_photos
 from predict_emotion import load_model, main, predict_faces, predict_image, predict_images
 
 ASTRONAUT = open_portrait()
@@ -216,3 +216,13 @@ def test_a_single_photo_is_a_block_per_face(photos, predict, tmp_path):
     assert predict(photos / "group.png", "--min-face", 90)[1].count("Predicted") == 1
     scaled(110, 90).save(tmp_path / "side.png")
     assert "turned by -" in predict(tmp_path / "side.png")[1]
+
+
+def test_training_warns_of_whole_photos(tmp_path):
+    close = align_face(scaled(300), find_faces(scaled(300))[0])
+    for name, image in (("photo", ASTRONAUT), ("close", Image.fromarray(close)), ("small", draw_image(1))):
+        (tmp_path / name / "happy").mkdir(parents=True)
+        image.save(tmp_path / name / "happy" / "1.png")
+    assert [warn_of_photos(tmp_path / name) for name in ("close", "small")] == [[], []]
+    (line,) = warn_of_photos(tmp_path / "photo")
+    assert "photo holds whole photos" in line and "prepare_data.py crop" in line

@@ -15,7 +15,6 @@ from test_predict import NAMES, rows_of
 
 from faces import detector
 from faces.detector import Face, crop_face, find_faces
-from faces.overlay import Targets, draw_faces
 from inference import classify, classify_on_cores, make_finder
 from predict_emotion import load_model, main, predict_faces, predict_image
 
@@ -223,48 +222,6 @@ def test_a_single_photo_is_a_block_per_face(photos, predict):
     assert (code, err) == (0, "")
     assert out.count("Predicted Emotion: ") == 2 and out.index("Face 1 at") < out.index("Face 2 at")
     assert predict(photos / "group.png", "--min-face", 90)[1].count("Predicted") == 1
-
-
-def test_annotated_images(photos, predict, tmp_path):
-    before = {path: path.read_bytes() for path in photos.iterdir()}
-    assert predict(photos, "--annotate", tmp_path / "out")[0] == 0
-    names = {f"{name}.faces.jpg" for name in ("arms", "crop", "group", "portrait")}
-    assert {path.name for path in (tmp_path / "out").iterdir()} == names
-    assert {path: path.read_bytes() for path in photos.iterdir()} == before
-    image, original = Image.open(tmp_path / "out" / "portrait.faces.jpg"), Image.open(photos / "portrait.jpg")
-    changed = np.abs(np.asarray(image.resize((512, 512)), int) - np.asarray(original, int)).max(2) > 60
-    left, top, width, height = FACE
-    assert changed[top - 30 : top + height, left : left + width].mean() > 0.05
-    assert changed[400:, :].mean() < 0.01  # away from the face nothing is drawn
-
-
-@pytest.mark.parametrize("size", [(48, 48), (300, 200), (2000, 1500)])
-def test_labels_are_readable_at_any_size(size):
-    """Letters of 13 pixels or more on what is written, and of a ninetieth of its longer side: faces may be small."""
-    pixels, side = np.full((size[1], size[0], 3), 128, np.uint8), min(60, size[0] // 2)
-    face, prediction = Face(size[0] // 3, size[1] // 3, side, side, 1.0), ("happy", 97.5, {"happy": 97.5, "sad": 2.5})
-    for results in ([(face, prediction)], [(None, prediction)], [(None, None)]):
-        image = np.asarray(draw_faces(pixels, results))
-        assert len(image) >= max(size[1], 120)
-        assert image.shape[1] / len(image) == pytest.approx(size[0] / size[1], rel=0.02)
-        label = (image == (255, 208, 0)).all(2)
-        rows = np.flatnonzero(label.sum(1) > 40)
-        assert rows.max() - rows.min() >= max(13, max(image.shape[:2]) / 90)
-        assert ((image.max(2) < 60) & np.roll(label, 3, 1)).any()  # letters
-
-
-@pytest.mark.parametrize("height", [400, 210])
-def test_bars_are_drawn_where_they_cover_no_face_or_left_out(height):
-    pixels, prediction = np.full((height, 300, 3), 128, np.uint8), ("angry", 50.0, {"angry": 50.0, "happy": 50.0})
-    results = [(Face(0, 50, 150, 150, 1.0), prediction), (Face(150, 50, 150, 150, 1.0), None)]
-    image = np.asarray(draw_faces(pixels, results, enlarge=False))
-    assert (image[56:194, 156:294] == 128).all() and (image[204:] != 128).any() == (height == 400)
-
-
-def test_targets_are_all_different_and_never_an_input(tmp_path):
-    targets = Targets(tmp_path, ["a/clip.mp4", "b/Clip.mp4", str(tmp_path / "X.faces.jpg")])
-    for path, name in (("a/clip.mp4", "clip.faces"), ("b/Clip.mp4", "Clip-2.faces"), ("x.jpg", "x-2.faces")):
-        assert targets(path, f".faces{Path(path).suffix}") == tmp_path / f"{name}{Path(path).suffix}"
 
 
 def write_opencv(monkeypatch, folder, code):

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import subprocess
 import sys
 from contextlib import redirect_stdout
 from dataclasses import replace
@@ -176,6 +177,28 @@ def test_a_model_of_the_sample_set_is_named(predict, photo, tmp_path, trained_on
     assert (code, err.count("\n"), err.count("sample set of drawings")) == (0, notes, notes)
 
 
+def test_a_model_of_drawings_is_skipped_for_photos(checkpoint, photo, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(inference, "BUNDLED", checkpoint)
+    write_checkpoint(Path(BEST_NAME), trained_on=SAMPLE_SET)
+    draw_image(1).save("drawing_1.png")
+    for words in ("photo.png", "photo.png drawing_1.png"):
+        assert run(main, *words.split())[2].startswith(f"using {checkpoint}, since {BEST_NAME} was trained on drawings")
+    for words in ("drawing_1.png", "--info", "drawing_1.png --info"):
+        assert run(main, *words.split())[2].startswith(f"using {BEST_NAME}\n")
+    assert "since" not in run(main, "photo.png", "--checkpoint", BEST_NAME)[2]
+    assert load_model()[0].info.trained_on == "faces"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs a POSIX shell")
+def test_a_table_is_written_whole_though_its_reader_has_gone(checkpoint, tmp_path):
+    draw_folder(tmp_path, {"images": 30})
+    words = f"-u {REPO}/predict_emotion.py images --checkpoint {checkpoint} --output p.csv"
+    done = subprocess.run(["bash", "-c", f"{sys.executable} {words} | head -1"], cwd=tmp_path, capture_output=True)
+    assert done.stdout.count(b"\n") == 1 and b"Traceback" not in done.stderr
+    assert len(rows_of(tmp_path / "p.csv")) == 30
+
+
 def test_weights_of_another_tool_load_if_they_are_named(model, checkpoint, photo, tmp_path):
     other = tmp_path / "other.pth"
     torch.save({"model": model.state_dict(), "class_to_idx": {"angry": 0, "happy": 1, "sad": 2}}, other)
@@ -235,7 +258,7 @@ def test_folders_patterns_and_several_files(predict, model, tmp_path, monkeypatc
     paths = sorted(map(str, Path("images").glob("*/*.png")))
     expected = dict(zip(paths, (p[0] for p in predict_images(model, paths, NAMES)), strict=True))
     code, out, err = predict("images")
-    assert (code, predicted_lines(out), err) == (0, expected, "6 images\n")
+    assert (code, predicted_lines(out), err) == (0, expected, "not read: 1 .txt\n6 images\n")
     several = [str(Path("images", "a", "a_001.png")), str(Path("images", "b", "odd[1].png"))]
     for inputs, found in (["images/**/*.png"], paths), (["images/*/a_*.png"], paths[:3]), (several, several):
         assert predicted_lines(predict(*inputs)[1]) == {path: expected[path] for path in found}

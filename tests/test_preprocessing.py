@@ -2,6 +2,7 @@
 
 import io
 import os
+import sys
 import threading
 
 import numpy as np
@@ -13,7 +14,7 @@ from PIL import Image
 import preprocessing
 from errors import printable
 from models import InputSpec
-from preprocessing import READABLE, normalize, read_image, to_input
+from preprocessing import READABLE, normalize, read_image, read_whole, to_input
 
 GRAY = InputSpec(image_size=24)
 COLOR = InputSpec(24, 3, (0.5,) * 3, (0.5,) * 3)
@@ -159,6 +160,14 @@ def test_truncated_files_are_refused(kind, share, tmp_path):
     draw_image(9, 64, "RGB").save(buffer, kind)
     (tmp_path / "cut.png").write_bytes(buffer.getvalue()[: int(share * buffer.tell())])
     refused(tmp_path / "cut.png")
+
+
+def test_what_phones_write(tmp_path, monkeypatch):
+    saved(Image.new("RGB", (64, 48), (200, 100, 50)), tmp_path / "a.avif")
+    assert np.abs(read_whole(tmp_path / "a.avif").astype(int) - (200, 100, 50)).max() < 8
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    (tmp_path / "a.heic").write_bytes(bytes(4) + b"ftypheic" + bytes(4) + b"mif1heic" + bytes(100))
+    assert "pip install pillow-heif" in refused(tmp_path / "a.heic")
 
 
 def test_what_is_no_image_file_is_refused(tmp_path):

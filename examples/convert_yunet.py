@@ -1,6 +1,6 @@
 """The weights of YuNet as its authors publish them -> weights/face_detector.pth.
 
-    python -m faces.convert face_detection_yunet_2023mar.onnx
+    python -m examples.convert_yunet face_detection_yunet_2023mar.onnx
 
 Needs ONNX: pip install onnx.
 """
