@@ -49,9 +49,9 @@ def load_av(purpose: str):
 class Video:
     """A video file: `fps` frames a second on average, `size` (width, height), `count` frames as it has it, or 0.
 
-    Iterating, once, yields (number, seconds, pixels) of each frame, upright; the seconds are those of the file, from its
-    start. `end` is when the last of these frames ends, `length` what it should be, or 0; they differ if a file is cut
-    off. `is_finished` tells that there are no more frames. Raises InputError if it can't be opened.
+    Iterating, once, yields (number, seconds, pixels) of each frame, upright, with the file's own times. `end` is when
+    the last one ends, `length` when the last of the file should, which may be cut off; `is_finished` tells that no more
+    can be read. Raises InputError if the file can't be opened.
     """
 
     def __init__(self, path: str | Path):
@@ -120,14 +120,14 @@ class VideoCopy:
 
     def __init__(self, path: Path, fps: float, size: tuple[int, int], source: Video | None = None):
         av = load_av(f"can't write {path}")
-        self.path, self.fps, self.count, self.seconds, self.source = path, fps, 0, 0.0, source
+        self.path, self.fps, self.source, self.count, self.seconds = path, fps, source, 0, 0.0
         self.size = max(2, size[0] // 2 * 2), max(2, size[1] // 2 * 2)  # H.264 wants even sides
         self._temporary = path.absolute().with_name(f".{path.stem}.{os.getpid()}.tmp.mp4")
         self._container = av.open(str(self._temporary), "w", options={"movflags": "+faststart"})
         with self._reporting():
-            settings = {"preset": "veryfast", "crf": "20", "bf": "0"}  # frames in order, or the last one's end is lost
+            options = {"preset": "veryfast", "crf": "20", "bf": "0"}  # bf: frames in order, or their last end is wrong
             rate = Fraction(fps).limit_denominator(1001)
-            self._stream = self._container.add_stream("libx264", rate, settings, time_base=TICK, pix_fmt="yuv420p")
+            self._stream = self._container.add_stream("libx264", rate, options, time_base=TICK, pix_fmt="yuv420p")
             codec = self._stream.codec_context
             codec.width, codec.height = self.size
             codec.colorspace = codec.color_primaries = codec.color_trc = codec.color_range = 1  # BT.709
@@ -139,7 +139,8 @@ class VideoCopy:
 
         It is shown from `seconds` on, which must rise from frame to frame; without them the copy has `fps`.
         """
-        av = load_av(f"can't write {self.path}")
+        import av
+
         self.seconds = self.count / self.fps if seconds is None else seconds
         frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), "rgb24")
         frame = frame.reformat(*self.size, "yuv420p", dst_colorspace="ITU709")
@@ -179,13 +180,13 @@ class VideoCopy:
 
     @contextlib.contextmanager
     def _reporting(self) -> Iterator[None]:
-        av = load_av(f"can't write {self.path}")
+        import av
+
         try:
             yield
         except (av.FFmpegError, OSError, ValueError) as error:
             self._discard()
-            reason = getattr(error, "strerror", None) or reason_of(error)
-            raise InputError(f"can't write {self.path}: {reason}") from None
+            raise InputError(f"can't write {self.path}: {getattr(error, 'strerror', '') or reason_of(error)}") from None
 
 
 def _copy_sound(video: Video, copy) -> Iterator:
@@ -214,8 +215,8 @@ def _copy_sound(video: Video, copy) -> Iterator:
 
 
 class Course:
-    """The course of a video: faces that keep their numbers, the largest one's smoothed prediction, and for how long it
-    showed each emotion. If images are taken whole, they stand for the largest face."""
+    """Follows the faces of a video: their numbers, the largest one's smoothed prediction, for how long it showed each
+    emotion. Frames that are taken whole stand for it."""
 
     def __init__(self, video: Video, every: int):
         self.tracker = Tracker(patience=max(3, round(video.fps / every)))  # a second
@@ -280,7 +281,7 @@ def predict_video(
     if video.end < 0.98 * video.length - 1:  # it is often an estimate
         print(f"{printable(source)}: {video.end:.1f} of {video.length:.1f} s could be read", file=sys.stderr)
     line = f"{', '.join(shares)} of {total:.1f} s" + " with a face" * is_face
-    with contextlib.suppress(BrokenPipeError):  # as above
+    with contextlib.suppress(BrokenPipeError):  # `| head` has read enough, but files are to be written
         print(f"{printable(source)}: {line if shares else f'no face found in {course.seconds:.1f} s'}")
     if points:
         import reports

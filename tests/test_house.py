@@ -89,7 +89,7 @@ def test_sizes():
     assert len(ROOT) <= 17
     lines = {name: len(path.read_text(encoding="utf-8").splitlines()) for name, path in MODULES.items()}
     assert [name for name, count in lines.items() if count >= 400] == []
-    assert sum(lines.values()) <= 6500
+    assert sum(lines.values()) <= 7000
     for name, path in MODULES.items():
         for node in functions(parse(path)):
             most = 60 if (name, node.name) == ("train_emotion_cnn", "main") else 49
