@@ -281,6 +281,7 @@ def predict_all(
 def predict_files(model: nn.Module, paths: list[str], args: argparse.Namespace) -> int:
     """Predicts and prints the images and videos; returns the exit code, which is 2 if nothing could be read."""
     is_single = len(paths) == 1 and not os.path.isdir(args.inputs[0])
+    others = [describe_others(item) for item in args.inputs if os.path.isdir(item)]  # before files are written there
     class_columns = {name: f"{name} (class)" if name in COLUMNS else name for name in model.info.class_names}
     targets = Targets(make_output_dir(args.annotate, "--annotate"), paths) if args.annotate else None
     table = TableWriter(args.output, [*COLUMNS, *class_columns.values()]) if args.output else contextlib.nullcontext()
@@ -307,7 +308,6 @@ def predict_files(model: nn.Module, paths: list[str], args: argparse.Namespace) 
         print(f"written to {name}" if kinds else f"{name} was not written", file=sys.stderr)
     if args.annotate and kinds:
         print(f"annotated in {printable(args.annotate)}", file=sys.stderr)
-    others = [describe_others(item) for item in args.inputs if os.path.isdir(item)]
     if any(others):
         print(f"not read: {', '.join(filter(None, others))}", file=sys.stderr)
     if not is_single or is_video(paths[0]) and kinds:

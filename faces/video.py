@@ -83,7 +83,7 @@ class Video:
             for number, frame in enumerate(chain([self._first], self._frames)):
                 time = seconds + 1 / self.fps if frame.time is None else frame.time - self.start
                 seconds = max(time, seconds + 0.001)  # the times of a copy have to rise
-                self.end = seconds + (float(frame.duration * frame.time_base) or 1 / self.fps)
+                self.end = seconds + (float((frame.duration or 0) * frame.time_base) or 1 / self.fps)
                 yield number, seconds, _upright(frame)
             self.is_finished = True
 
