@@ -177,14 +177,14 @@ def interrupt(main, args, function, call=1):
     return err
 
 
-def draw_folder(root, counts, size=48, mode="L", ending=".png"):
+def draw_folder(root, counts, size=48, ending=".png"):
     """Draws {class name: count} distinct images into class folders under `root`; returns `root` as a Path."""
     root = Path(root)
     for class_name, count in counts.items():
         (root / class_name).mkdir(parents=True, exist_ok=True)
         for number in range(count):
             seed = [zlib.crc32(f"{root.name}/{class_name}".encode()), number]  # train/ and test/ differ
-            draw_image(seed, size, mode).save(root / class_name / f"{class_name}_{number:03}{ending}")
+            draw_image(seed, size).save(root / class_name / f"{class_name}_{number:03}{ending}")
     return root
 
 

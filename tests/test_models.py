@@ -1,5 +1,7 @@
 """models.py: the networks to the letter, their registry and recipes, InputSpec, and the fast layers."""
 
+import contextlib
+
 import pytest
 import torch
 from conftest import refusal
@@ -18,7 +20,6 @@ from models import (
     register,
 )
 
-SCRATCH = ["cnn6_bn", "cnn6_rgb", "cnn4_bn", "cnn4", "seresnet13"]
 BACKBONES = ["mobilenet_v2", "resnet18", "efficientnet_b0", "mobilenet_v3_large"]
 
 
@@ -35,7 +36,7 @@ def inputs_for(model, count=3):
 
 
 def test_registry_holds_the_networks_of_the_five_systems():
-    assert set(SCRATCH + BACKBONES) <= set(list_archs())
+    assert {"cnn6_bn", "cnn6_rgb", "cnn4_bn", "cnn4", "seresnet13"} <= set(list_archs())
     assert {name for name in list_archs() if ARCHS[name].is_backbone} == set(BACKBONES)
     with pytest.raises(ValueError, match="cnn4"):
         register("cnn4", Recipe(epochs=1, batch_size=2))(lambda *_: None)
@@ -43,25 +44,19 @@ def test_registry_holds_the_networks_of_the_five_systems():
 
 
 @pytest.mark.parametrize("arch", list_archs())
-def test_forward_and_backward(arch):
-    model = small(arch).train()
-    logits = model(inputs_for(model, 4))
-    assert logits.shape == (4, 4) and logits.dtype == torch.float32
-    nn.functional.cross_entropy(logits, torch.arange(4)).backward()
-    assert all(torch.isfinite(parameter.grad).all() for parameter in model.parameters())
-    assert any(parameter.grad.abs().sum() > 0 for parameter in list(model.parameters())[:4])  # it reaches the input
-    assert model.info == ModelInfo(arch, ["0", "1", "2", "3"], input_spec_for(arch, model.info.input_spec.image_size))
-
-
-@pytest.mark.parametrize("arch", list_archs())
-def test_models_return_logits_of_their_last_layer_each_image_on_its_own(arch):
+def test_logits_of_the_last_layer_and_gradients_down_to_the_input(arch):
     model = small(arch).eval()
-    inputs = inputs_for(model)
+    assert model.info == ModelInfo(arch, ["0", "1", "2", "3"], input_spec_for(arch, model.info.input_spec.image_size))
+    inputs = inputs_for(model, 4)
     with torch.no_grad():
         last_layer(model).bias.fill_(5.0)
         logits = model(inputs)
-        torch.testing.assert_close(logits[1:2], model(inputs[1:2]), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(logits[1:2], model(inputs[1:2]), rtol=1e-4, atol=1e-5)  # each image on its own
+    assert logits.shape == (4, 4) and logits.dtype == torch.float32
     assert (logits.sum(1) - 1).abs().min() > 1 and logits.max() > 1  # no softmax
+    nn.functional.cross_entropy(model.train()(inputs), torch.arange(4)).backward()
+    assert all(torch.isfinite(parameter.grad).all() for parameter in model.parameters())
+    assert any(parameter.grad.abs().sum() > 0 for parameter in list(model.parameters())[:4])
 
 
 @pytest.mark.parametrize("arch", list_archs())
@@ -70,11 +65,8 @@ def test_other_sizes_and_windows_if_the_registry_says_so(arch):
         model = create_model(arch, 4, image_size=image_size)
         assert model(inputs_for(model, 2)).shape == (2, 4)
     inputs = inputs_for(model, 2)[:, :, :-24, :-24]
-    if ARCHS[arch].takes_any_size:
+    with contextlib.nullcontext() if ARCHS[arch].takes_any_size else pytest.raises(RuntimeError):
         assert model(inputs).shape == (2, 4)
-    else:
-        with pytest.raises(RuntimeError):
-            model(inputs)
 
 
 def test_blocks_start_as_the_identity():
@@ -121,9 +113,6 @@ def test_what_create_model_refuses(arch, num_classes, options, words):
     assert all(word in message for word in words)
 
 
-# InputSpec
-
-
 def test_spec_round_trip_is_of_plain_values():
     spec = input_spec_for("cnn6_rgb", 96)
     values = spec.to_dict()
@@ -146,30 +135,19 @@ def test_spec_round_trip_is_of_plain_values():
 def test_spec_refuses_values(key, values):
     for value in values:
         assert key in refusal(InputSpec.from_dict, InputSpec().to_dict() | {key: value})
-
-
-@pytest.mark.parametrize("values", [None, {}, {"image_size": 48}])
-def test_spec_refuses_what_is_no_dict_of_its_keys(values):
-    assert "image_size" in refusal(InputSpec.from_dict, values)
-
-
-# What makes a step fast must not change what it computes
-
-
-def pool_last(layers):
-    """The same layers in the order of the five systems: ReLU, then max-pool."""
-    layers = list(layers)
-    for index in [index for index, layer in enumerate(layers) if isinstance(layer, nn.MaxPool2d)]:
-        layers[index : index + 2] = layers[index + 1], layers[index]
-    return nn.Sequential(*layers)
+    for value in (None, {}, {"image_size": 48}):
+        assert "image_size" in refusal(InputSpec.from_dict, value)
 
 
 @pytest.mark.parametrize("arch", ["cnn6_bn", "cnn6_rgb", "cnn4_bn", "cnn4"])
 def test_pooling_before_relu_is_the_same_function(arch):
+    """The five systems pool after ReLU."""
     model, found = small(arch, 7).eval(), []
-    other = nn.Sequential(pool_last(model.features), model.classifier).eval()
-    assert list(other[0]) != list(model.features)
-    for network in (model, other):
+    layers = list(model.features)
+    for index in [index for index, layer in enumerate(layers) if isinstance(layer, nn.MaxPool2d)]:
+        layers[index : index + 2] = layers[index + 1], layers[index]
+    assert layers != list(model.features)
+    for network in (model, nn.Sequential(*layers, *model.classifier).eval()):
         logits = network(inputs_for(model))
         found += [[logits, *torch.autograd.grad(logits.sum(), list(network.parameters()))]]
     assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
