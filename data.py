@@ -103,9 +103,10 @@ def walk_images(folder: str | Path) -> list[os.DirEntry]:
 def describe_others(folder: str | Path) -> str:
     """How many files below `folder` are no images, by their ending, such as "5 .heic, 2 .txt"; "" without any."""
     counts = Counter(_ending(entry) or "without an ending" for entry in _walk(folder))
-    others = [f"{count:,} {ending}" for ending, count in counts.most_common() if ending not in EXTENSIONS]
+    others = [f"{count:,} {printable(ending)}" for ending, count in counts.most_common() if ending not in EXTENSIONS]
+    more = f" and {len(others) - 5:,} more endings" if len(others) > 5 else ""
     hint = " (HEIC needs: pip install pillow-heif)" if {".heic", ".heif"} & counts.keys() - EXTENSIONS else ""
-    return ", ".join(others) + hint
+    return ", ".join(others[:5]) + more + hint
 
 
 def _walk(folder: str | Path) -> list[os.DirEntry]:

@@ -50,7 +50,8 @@ def find_checkpoint(path: str | Path | None = None, *, photos: bool = False) -> 
             continue
         print(f"using {printable(found)}{reason}", file=sys.stderr)
         return found
-    raise InputError(f"no {BEST_NAME} here: train one with train_emotion_cnn.py, or name one with --checkpoint PATH")
+    found = f"no model{reason}" if reason else f"no {BEST_NAME} here"
+    raise InputError(f"{found}: train one with train_emotion_cnn.py, or name one with --checkpoint PATH")
 
 
 def load_model(
@@ -134,17 +135,20 @@ def predict_images(
     if isinstance(images, str | os.PathLike | np.ndarray) or not isinstance(images, Iterable):  # a PIL image is none
         raise InputError("predict_images takes a list of images; for one, call predict_image")
     class_names, spec = _check_classes(model, class_names), model.info.input_spec
-    find = make_finder(spec, faces)
+    find, faceless = make_finder(spec, faces), []
 
     def find_one(source) -> Iterator[tuple[View, np.ndarray]]:
         view, pixels = next(find(source))  # of the largest face
         if pixels is None:
-            name = printable(source) if isinstance(source, str | os.PathLike) else "the image"
-            warnings.warn(f"no face found in {name}, so all of it was classified", stacklevel=2)
-            view, pixels = View(source), read_image(source, spec)
+            name = printable(source) if isinstance(source, str | os.PathLike) else "an image"
+            faceless.append(name)
+            pixels = read_image(source, spec)
         yield view, pixels
 
-    return [to_prediction(probs, class_names) for _, probs in classify(model, list(images), find_one, batch_size)]
+    found = list(classify(model, list(images), find_one, batch_size))
+    if faceless:
+        warnings.warn(f"no face found in {', '.join(faceless[:5])}: {len(faceless)} classified whole", stacklevel=2)
+    return [to_prediction(probs, class_names) for _, probs in found]
 
 
 def predict_faces(

@@ -274,10 +274,8 @@ def make_step(settings: Settings, splits: Splits, model: nn.Module, group: Proce
 
 def describe(settings: Settings, splits: Splits, step: TrainStep, progress: resume.Progress) -> str:
     """What is trained on what, line by line."""
-    lines, best_path = (
-        splits.notes + warn_of_photos(find_splits(settings.data_dir)["train"]),
-        Path(settings.output_dir, BEST_NAME),
-    )
+    lines = splits.notes + warn_of_photos(find_splits(settings.data_dir)["train"])
+    best_path = Path(settings.output_dir, BEST_NAME)
     if progress.epoch == 0 and best_path.exists():
         lines.append(f"the earlier {printable(best_path)} will be kept as {PREVIOUS_NAME}")
     test = f"{len(splits.test):,} to test" if splits.test else "none to test"

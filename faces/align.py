@@ -63,15 +63,23 @@ def cut_square(pixels: np.ndarray, center: complex, step: complex, side: int) ->
     """
     start = center - step * side / 2 * (1 + 1j)
     corners = start + step * side * np.array([0, 1, 1j, 1 + 1j])
-    left, top = math.floor(corners.real.min()), math.floor(corners.imag.min())
-    right, bottom = math.ceil(corners.real.max()) + 1, math.ceil(corners.imag.max()) + 1
-    rows = np.arange(top, bottom).clip(0, pixels.shape[0] - 1)
-    columns = np.arange(left, right).clip(0, pixels.shape[1] - 1)
-    region = Image.fromarray(pixels[rows[:, None], columns])
-    start -= left + 1j * top
+    ranges, sizes, margins, scales = [], [], [], []
+    for places, length in ((corners.real, pixels.shape[1]), (corners.imag, pixels.shape[0])):
+        low, high = math.floor(places.min()), math.ceil(places.max()) + 1
+        first, last = min(max(low, 0), length - 1), min(max(high, 1), length)
+        size = max(1, math.ceil((last - first) / max(1, abs(step))))
+        scale = size / (last - first)
+        ranges.append(slice(first, last))
+        sizes.append(size)
+        scales.append(scale)
+        margins.append((max(0, math.ceil((first - low) * scale)), max(0, math.ceil((high - last) * scale))))
+    region = Image.fromarray(pixels[ranges[1], ranges[0]])
     if abs(step) > 1:  # the transform takes single pixels; those that it would skip are averaged first
-        size = math.ceil(region.width / abs(step)), math.ceil(region.height / abs(step))
-        region = region.resize(size, Image.Resampling.BILINEAR, reducing_gap=2.0)
-        start, step = start / abs(step), step / abs(step)
-    matrix = (step.real, -step.imag, start.real, step.imag, step.real, start.imag)
+        region = region.resize(tuple(sizes), Image.Resampling.BILINEAR, reducing_gap=2.0)
+    region = Image.fromarray(np.pad(region, (margins[1], margins[0], (0, 0)), mode="edge"))
+    (x, y), (left, top) = (
+        scales,
+        (margins[0][0] - scales[0] * ranges[0].start, margins[1][0] - scales[1] * ranges[1].start),
+    )
+    matrix = (x * step.real, -x * step.imag, x * start.real + left, y * step.imag, y * step.real, y * start.imag + top)
     return np.asarray(region.transform((side, side), Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR))

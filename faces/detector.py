@@ -135,53 +135,59 @@ def find_faces(image, *, min_size: int | None = None, turns: bool = True) -> lis
     if min_size is not None and min_size < 1:
         raise InputError(f"the least size of a face must be at least 1 pixel, not {min_size}")
     pixels = read_whole(image)
+    scale = min(1.0, 1.5 * SMALLEST / min_size if min_size else LONGEST / max(pixels.shape[:2]))
+    copy = _reduce(pixels, min(1.0, 2 * scale))  # twice what is searched, to look at faces again
+    ratio = copy.shape[1] / pixels.shape[1]
     for turn in (0, 30, -30, 90, -90, 180) if turns else (0,):
-        rows = _search(pixels, min_size, turn)
+        rows = _search(copy, scale / ratio / (2 if turn else 1), turn)
+        rows = rows[rows[:, 2:4].min(1) >= (min_size or SMALLEST / scale) * ratio]
         if len(rows):
             tilts = range(-180, 180, 15) if turns else range(-45, 60, 15)
-            faces = [_look_again(pixels, row, tilts) for row in rows]
+            faces = [_to_face(_look_again(copy, row, tilts), pixels.shape, ratio) for row in rows]
             faces = [face for face in faces if face.width and face.height]
             return sorted(faces, key=lambda face: (face.width * face.height, face.score), reverse=True)
     return []
 
 
-def _search(pixels: np.ndarray, min_size: int | None, turn: int) -> np.ndarray:
-    """Rows as of `detect` of the faces in `pixels`, turned counterclockwise by `turn` degrees to be searched.
+def _reduce(pixels: np.ndarray, scale: float) -> np.ndarray:
+    if scale == 1:
+        return pixels
+    size = max(1, round(scale * pixels.shape[1])), max(1, round(scale * pixels.shape[0]))
+    return np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.BILINEAR, reducing_gap=2.0))
+
+
+def _search(pixels: np.ndarray, scale: float, turn: int) -> np.ndarray:
+    """Rows as of `detect` of the faces in a copy of `pixels` turned counterclockwise by `turn` degrees.
 
     YuNet finds faces of up to about 300 pixels, so a small copy shows it those that fill the image, with the edges
     repeated around it, since such a face is cut off there.
     """
-    longest = max(pixels.shape[:2])
-    scale = min(1.0, SMALLEST / min_size if min_size else LONGEST / longest)
-    overview = min(1.0, OVERVIEW / longest)
+    overview = min(1.0, OVERVIEW / max(pixels.shape[:2]))
     found = [_search_copy(pixels, overview, turn, padding=1 / 6)]
     if scale > overview:
         found.append(_search_copy(pixels, scale, turn))
-    rows = keep_best(np.concatenate(found))
-    return rows[rows[:, 2:4].min(1) >= (min_size or SMALLEST / scale)]
+    return keep_best(np.concatenate(found))
 
 
 def _search_copy(pixels: np.ndarray, scale: float, turn: int, padding: float = 0.0) -> np.ndarray:
-    """Rows as of `detect`, in pixels of the image before it was turned; the boxes are not turned with it."""
-    height, width = pixels.shape[:2]
-    size = max(1, round(scale * width)), max(1, round(scale * height))
-    if scale < 1:
-        pixels = np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.BILINEAR, reducing_gap=2.0))
-    edge = round(padding * min(size))
-    image = Image.fromarray(np.pad(pixels, ((edge, edge), (edge, edge), (0, 0)), mode="edge"))
+    """Rows in pixels of the image before it was reduced, padded and turned; the boxes are not turned with it."""
+    copy = _reduce(pixels, scale)
+    edge = round(padding * min(copy.shape[:2]))
+    image = Image.fromarray(np.pad(copy, ((edge, edge), (edge, edge), (0, 0)), mode="edge"))
     turned = image.rotate(turn, Image.Resampling.BILINEAR, expand=True)
     rows = detect(np.asarray(turned)[None])[0]
     angle = math.radians(turn)
     centers = rows[:, :2] + rows[:, 2:4] / 2
     points = np.concatenate([centers, rows[:, 4:14]], 1).reshape(-1, 6, 2) - np.array(turned.size) / 2
     points = points @ [[math.cos(angle), math.sin(angle)], [-math.sin(angle), math.cos(angle)]]
-    points = (points + np.array(image.size) / 2 - edge) * [width / size[0], height / size[1]]
-    sides = _turn_sides(rows[:, 2:4], angle) * (width / size[0])
+    ratios = np.array([pixels.shape[1] / copy.shape[1], pixels.shape[0] / copy.shape[0]])
+    points = (points + np.array(image.size) / 2 - edge) * ratios
+    sides = _turn_sides(rows[:, 2:4], angle) * ratios[0]
     return np.concatenate([points[:, 0] - sides / 2, sides, points[:, 1:].reshape(-1, 10), rows[:, 14:]], 1)
 
 
-def _look_again(pixels: np.ndarray, row: np.ndarray, tilts: range) -> Face:
-    """The face of a row as of `detect`, with the tilt at which YuNet is surest of it.
+def _look_again(pixels: np.ndarray, row: np.ndarray, tilts: range) -> np.ndarray:
+    """A row as of `detect`, with box and landmarks at the tilt at which YuNet is surest of the face.
 
     YuNet finds tilted faces, but its landmarks follow the tilt by half at most, and in small faces not at all. Its
     score falls to nothing within 45 degrees, so copies turned by `tilts` (degrees, clockwise) are compared.
@@ -197,7 +203,7 @@ def _look_again(pixels: np.ndarray, row: np.ndarray, tilts: range) -> Face:
     scores = np.array([0.0 if one is None else one[14] for one in found])
     best = int(scores.argmax())
     if found[best] is None:
-        return _to_face(row, pixels.shape)
+        return row
     away = (np.array(tilts) - tilts[best] + 180) % 360 - 180
     rest = float(np.average(away, weights=scores * (abs(away) <= 45)))
     points = np.concatenate([found[best][None, :2] + found[best][None, 2:4] / 2, found[best][4:14].reshape(5, 2)])
@@ -206,7 +212,7 @@ def _look_again(pixels: np.ndarray, row: np.ndarray, tilts: range) -> Face:
     sides = _turn_sides(found[best][None, 2:4] * step, math.radians(tilts[best] + rest))[0]
     corner = np.array([points[0].real, points[0].imag]) - sides / 2
     landmarks = np.stack([points[1:].real, points[1:].imag], 1).ravel()
-    return _to_face(np.concatenate([corner, sides, landmarks, row[14:]]), pixels.shape)
+    return np.concatenate([corner, sides, landmarks, row[14:]])
 
 
 def _turn_sides(sides: np.ndarray, angle: float) -> np.ndarray:
@@ -215,8 +221,9 @@ def _turn_sides(sides: np.ndarray, angle: float) -> np.ndarray:
     return (cos * sides + sin * sides[:, ::-1]) / (cos + sin)
 
 
-def _to_face(row: np.ndarray, shape: tuple[int, ...]) -> Face:
-    """A row as of `detect` in an image of this shape, to which the box is clipped."""
+def _to_face(row: np.ndarray, shape: tuple[int, ...], ratio: float) -> Face:
+    """A row as of `detect` in a copy of `ratio` times the size of an image of `shape`, to which the box is clipped."""
+    row = np.append(row[:14] / ratio, row[14])
     left, right = (min(max(round(end), 0), shape[1]) for end in (row[0], row[0] + row[2]))
     top, bottom = (min(max(round(end), 0), shape[0]) for end in (row[1], row[1] + row[3]))
     landmarks = tuple((float(x), float(y)) for x, y in row[4:14].reshape(5, 2))

@@ -157,4 +157,5 @@ def annotate_images(predictions: Iterable[Result], targets: Targets) -> Iterator
             yield result
             results.append(result)
         image = draw_faces(read_whole(source), results)
+        image.thumbnail((65_000, 65_000))  # JPEG's limit is 65,500 pixels
         replace_file(targets(source, ".faces.jpg"), lambda path, image=image: image.save(path, "JPEG", quality=92))

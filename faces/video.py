@@ -70,6 +70,7 @@ class Video:
             self._frames = _decode(self._container, stream)
             self._first = next(self._frames, None)
         if not self._first:
+            self._container.close()
             raise InputError(f"can't read {path}: no video that PyAV can decode")
         height, width = _upright(self._first).shape[:2]
         rate = float(stream.average_rate or 0)
@@ -123,9 +124,9 @@ class VideoCopy:
         self.path, self.fps, self.source, self.count, self.seconds = path, fps, source, 0, 0.0
         self.size = max(2, size[0] // 2 * 2), max(2, size[1] // 2 * 2)  # H.264 wants even sides
         self._temporary = path.absolute().with_name(f".{path.stem}.{os.getpid()}.tmp.mp4")
-        self._container = av.open(str(self._temporary), "w", options={"movflags": "+faststart"})
         with self._reporting():
-            options = {"preset": "veryfast", "crf": "20", "bf": "0"}  # bf: frames in order, or their last end is wrong
+            self._container = av.open(str(self._temporary), "w", options={"movflags": "+faststart"})
+            options = {"preset": "veryfast", "crf": "20", "bf": "0"}  # with B-frames the last one ends too soon
             rate = Fraction(fps).limit_denominator(1001)
             self._stream = self._container.add_stream("libx264", rate, options, time_base=TICK, pix_fmt="yuv420p")
             codec = self._stream.codec_context
@@ -196,6 +197,7 @@ def _copy_sound(video: Video, copy) -> Iterator:
     container = av.open(str(video.path.absolute()), metadata_errors="ignore")
     sound = container.streams.best("audio")
     if not sound or not sound.codec_context:
+        container.close()
         return iter(())
     is_copied = sound.codec_context.codec.canonical_name in COPIED_SOUND
     stream = copy.add_stream_from_template(sound) if is_copied else copy.add_stream("aac", 48_000, layout="stereo")

@@ -22,6 +22,7 @@ from PIL import Image
 from errors import InputError  # the other modules of ours are imported later: they import torch
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for torch: tests run side by side and would slow each other down
+signal.signal(signal.SIGINT, signal.default_int_handler)  # Ctrl-C ends what tests start, whatever started the tests
 REPO = Path(__file__).resolve().parent.parent
 PORTRAIT = REPO / "examples" / "astronaut.jpg"
 COUNTS = {"angry": 16, "happy": 14, "sad": 10}
@@ -121,28 +122,16 @@ def run(main, *args):
     return stop.value.code or 0, out.getvalue(), err.getvalue()
 
 
-@contextlib.contextmanager
-def ctrl_c():
-    """Ctrl-C raises KeyboardInterrupt, also in the processes that are started, whatever started these tests."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
 def start(main, *args, ulimit="", **options):
     """The script of `main` in a process that Ctrl-C reaches; `ulimit` is the shell's."""
     command = [sys.executable, "-u", sys.modules[main.__module__].__file__, *map(str, args)]
     if ulimit:
         command = ["bash", "-c", f'ulimit {ulimit}; exec "$@"', "bash", *command]
     options |= {"env": {**os.environ, "PYTHONIOENCODING": "utf-8"}, "encoding": "utf-8"}
-    with ctrl_c():
-        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
 
 
 def run_process(main, *args, **options):
-    """As `run`, in a process of its own."""
     process = start(main, *args, **options)
     out, err = process.communicate(timeout=300)
     return process.returncode, out, err
@@ -167,12 +156,11 @@ def interrupt(main, args, function, call=1):
             sys.setprofile(None)
             signal.raise_signal(signal.SIGINT)
 
-    with ctrl_c():
-        sys.setprofile(press)
-        try:
-            code, _, err = run(main, *args)
-        finally:
-            sys.setprofile(None)
+    sys.setprofile(press)
+    try:
+        code, _, err = run(main, *args)
+    finally:
+        sys.setprofile(None)
     assert code == 130, err
     return err
 
@@ -196,10 +184,7 @@ def become_user():
 
 
 def run_as_user(code):
-    """Output of Python `code` in a folder of its own; after its become_user() permissions bind it, also as root.
-
-    It imports what it needs first, since the interpreter's own files may be out of an ordinary user's reach.
-    """
+    """Output of Python `code` in a folder of its own; after its become_user() permissions bind it, also as root."""
     if os.name != "posix":
         pytest.skip("needs POSIX permissions")
     code = f"import os\n{inspect.getsource(become_user)}{textwrap.dedent(code)}"

@@ -17,11 +17,10 @@ from checkpoints import adopt_checkpoint, build_model, make_checkpoint, read_che
 from engine.pretrained import load_initial_weights
 from models import create_model
 
-NAMES = ["angry", "happy", "sad"]
+NAMES, LAST = ["angry", "happy", "sad"], "classifier.2.bias"
 
 
 def tiny(names=NAMES, seed=0, arch="cnn6_rgb"):
-    """A model whose file is small."""
     torch.manual_seed(seed)
     model = create_model(arch, len(names), image_size=64 if arch in ("mobilenet_v2", "resnet18") else 32)
     model.info = replace(model.info, class_names=list(names), trained_on="faces")
@@ -41,14 +40,12 @@ def saved(tmp_path):
 
 
 def file_refusal(path):
-    """The message with which reading and building refuse the file, which it names."""
     message = refusal(lambda: build_model(read_checkpoint(path), path))
     assert path.name in message
     return message
 
 
 def refusal_of(saved, **changes):
-    """The message for the checkpoint with these values changed."""
     path, checkpoint = saved
     save_checkpoint({**checkpoint, **changes}, path)
     return file_refusal(path)
@@ -69,9 +66,7 @@ def test_round_trip(tmp_path):
     assert_same(loaded, model.state_dict())
 
 
-@pytest.mark.parametrize(
-    ("arch", "last"), [("cnn6_bn", 33), ("cnn6_rgb", 21), ("cnn4_bn", 20), ("cnn4", 17), ("seresnet13", 14)]
-)
+@pytest.mark.parametrize("arch, last", dict(cnn6_bn=33, cnn6_rgb=21, cnn4_bn=20, cnn4=17, seresnet13=14).items())
 def test_version_1_is_read(arch, last, tmp_path):
     """It kept a scratch network as one nn.Sequential, whose layer number `last` makes the logits."""
     models = [tiny(arch=arch, seed=seed).eval() for seed in range(3)]
@@ -139,12 +134,11 @@ def test_a_file_that_carries_code_is_refused_and_runs_nothing(save, whole, tmp_p
     assert sorted(os.listdir()) == ["evil.pth", "touched"]
 
 
+@pytest.mark.skipif(os.name != "posix", reason="makes a pipe")
 def test_what_is_no_file(tmp_path):
-    assert "no checkpoint" in file_refusal(tmp_path / "absent.pth")
-    assert "not a file" in file_refusal(tmp_path)
-    if hasattr(os, "mkfifo"):  # refused without waiting
-        os.mkfifo(tmp_path / "pipe.pth")
-        assert "not a file" in file_refusal(tmp_path / "pipe.pth")
+    os.mkfifo(tmp_path / "pipe.pth")  # refused without waiting
+    for name, words in (("absent.pth", "no checkpoint"), ("", "not a file"), ("pipe.pth", "not a file")):
+        assert words in file_refusal(tmp_path / name)
 
 
 @pytest.mark.parametrize(
@@ -194,7 +188,6 @@ def test_other_formats_are_told_by_their_content(tmp_path):
 
 
 def pack_again(path, method=zipfile.ZIP_STORED, change=lambda name, content: content):
-    """Writes the archive anew with its entries changed."""
     with zipfile.ZipFile(path) as archive:
         entries = {name: archive.read(name) for name in archive.namelist()}
     with zipfile.ZipFile(path, "w", method) as archive:
@@ -239,21 +232,16 @@ WRONG = [  # (what is changed, words of the message)
     *(({"format_version": version}, (repr(version), str(2))) for version in (0, 3, "1", 1.0, True, None)),
     ({"format_version": torch.tensor([1, 2])}, ("format",)),
     *(({"class_names": names}, ("class",)) for names in ([], NAMES[:2], [*NAMES, "more"], ["sad", "happy", "happy"])),
-    *(({"class_names": names}, ("class_names",)) for names in ([["a"], ["b"], ["c"]], [1, 2, 3])),
-    *(({"class_names": ["angry", name, "sad"]}, ("class_names",)) for name in ("\x1b[2J", "a\nb")),
+    *(({"class_names": ["angry", name, "sad"]}, ("class_names",)) for name in (2, "\x1b[2J", "a\nb")),
     ({"class_names": MANY, "num_classes": len(MANY)}, ("10,001 classes",)),
     ({"arch": "cnn9000"}, ("'cnn9000'", "cnn6_bn")),
     ({"arch": "resnet18"}, ("resnet18", "don't fit")),
     ({"arch": "\x1b[31m"}, ("arch",)),
     *(({"metrics": {"val_acc": value}}, ("metrics",)) for value in ("high", [1], None)),
-    ({"metrics": {"\x1b]0;title\x07": 1.0}}, ("metrics",)),
-    *(({"config": {key: 1}}, ("config",)) for key in ("\x1b[2J", 5)),
+    *(({part: {key: 1}}, (part,)) for part in ("metrics", "config") for key in ("\x1b[2J", 5)),
     *(({"temperature": value}, ("temperature",)) for value in (0.0, -1.0, float("nan"), float("inf"))),
-    *(({"state_dict": value}, ("state_dict",)) for value in (None, [1])),
+    ({"state_dict": [1]}, ("state_dict",)),
     ({"input_spec": {"std": [0.0] * 3}}, ("std",)),
-    ({"input_spec": {"mean": None}}, ("mean",)),
-    ({"input_spec": {"image_size": 4}}, ("image_size",)),
-    ({"input_spec": {"surplus": 1}}, ("surplus",)),
     ({"input_spec": {"image_size": 64}}, ("don't fit",)),
     ({"input_spec": {"channels": 1, "mean": [0.5], "std": [0.5]}}, ("channels",)),
 ]
@@ -261,28 +249,26 @@ WRONG = [  # (what is changed, words of the message)
 
 @pytest.mark.parametrize(("change", "words"), WRONG, ids=lambda value: f"{value!r:.40}")
 def test_values_that_are_wrong(saved, change, words):
-    """They would be printed, counted or divided by."""
     spec = saved[1]["input_spec"] | change.get("input_spec", {})
     message = refusal_of(saved, **change | {"input_spec": spec})
     assert all(word in message for word in words)
 
 
-LAST = "classifier.2.bias"
-
-
 @pytest.mark.parametrize(
-    ("change", "key", "word"),
+    ("key", "value", "word"),
     [
-        (lambda weights: {key: weights[key] for key in weights if key != LAST}, LAST, "fit"),
-        (lambda weights: weights | {"surplus": torch.zeros(1)}, "surplus", "fit"),
-        (lambda weights: weights | {LAST: torch.zeros(2, 2, 2)}, LAST, "fit"),
-        (lambda weights: weights | {LAST: 5}, LAST, "fit"),
-        (lambda weights: weights | {LAST: torch.tensor([0, 0, float("nan")])}, LAST, "NaN"),
-        (lambda weights: weights | {LAST: torch.tensor([float("inf"), 0, 0])}, LAST, "NaN"),
+        (LAST, None, "fit"),
+        ("surplus", torch.zeros(1), "fit"),
+        (LAST, torch.zeros(2, 2, 2), "fit"),
+        (LAST, 5, "fit"),
+        *((LAST, torch.tensor([0, 0, float(value)]), "NaN") for value in ("nan", "inf")),
     ],
 )
-def test_weights_that_do_not_fit(saved, change, key, word):
-    message = refusal_of(saved, state_dict=change(saved[1]["state_dict"]))
+def test_weights_that_do_not_fit(saved, key, value, word):
+    weights = saved[1]["state_dict"] | {key: value}
+    if value is None:
+        del weights[key]
+    message = refusal_of(saved, state_dict=weights)
     assert key in message and word in message
     assert word in refusal(load_initial_weights, tiny(), saved[0])
 
@@ -309,18 +295,11 @@ def test_no_model_is_allocated_that_the_file_does_not_hold(tmp_path):
         resource.setrlimit(resource.RLIMIT_AS, before)
 
 
-@pytest.mark.parametrize(
-    ("name", "arch", "class_names", "word"),
-    [
-        ("bare.pth", "cnn6_rgb", "abc", "class_names"),
-        ("bare.pth", "cnn6_rgb", [1, 2, 3], "class_names"),
-        ("bare.pth", "cnn6_rgb", ["a", "a", "b"], "bare.pth"),
-        ("bare.pth", "cnn9000", NAMES, "cnn9000"),
-        ("none.pth", "cnn6_rgb", NAMES, "none.pth holds no state_dict"),
-        ("model.pth", "cnn6_rgb", NAMES, "model.pth is a checkpoint"),
-    ],
-)
-def test_another_tools_weights_that_can_not_be_adopted(saved, name, arch, class_names, word):
-    torch.save({"state_dict": tiny().state_dict()}, saved[0].with_name("bare.pth"))
-    torch.save({"a": 1}, saved[0].with_name("none.pth"))
-    assert word in refusal(adopt_checkpoint, saved[0].with_name(name), arch, class_names)
+def test_another_tools_weights_that_can_not_be_adopted(saved, tmp_path):
+    torch.save({"state_dict": tiny().state_dict()}, tmp_path / "bare.pth")
+    torch.save({"a": 1}, tmp_path / "none.pth")
+    for class_names, word in (("abc", "class_names"), ([1, 2, 3], "class_names"), (["a", "a", "b"], "bare.pth")):
+        assert word in refusal(adopt_checkpoint, tmp_path / "bare.pth", "cnn6_rgb", class_names)
+    assert "cnn9000" in refusal(adopt_checkpoint, tmp_path / "bare.pth", "cnn9000", NAMES)
+    assert "none.pth holds no state_dict" in refusal(adopt_checkpoint, tmp_path / "none.pth", "cnn6_rgb", NAMES)
+    assert "model.pth is a checkpoint" in refusal(adopt_checkpoint, saved[0], "cnn6_rgb", NAMES)

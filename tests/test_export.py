@@ -164,7 +164,6 @@ def test_int8_is_smaller_and_measured(tmp_path):
     assert original > 25 and abs(original - quantized) <= 5
     int8, _ = load_model(out / "emotion_model.int8.onnx")
     assert predict_image(int8, PORTRAIT, names)[0] == predict_image(model, PORTRAIT, names)[0]
-    assert_same_predictions(model, load_model(out / "emotion_model.onnx")[0], [PORTRAIT, draw_image(1)])
 
 
 def test_nothing_of_others_is_overwritten(folder, tmp_path, monkeypatch):
@@ -179,9 +178,7 @@ def test_nothing_of_others_is_overwritten(folder, tmp_path, monkeypatch):
     assert (tmp_path / "emotion_model.pt").read_bytes() == (folder / "model.pth").read_bytes()
 
 
-def test_other_probabilities_leave_no_file(folder, tmp_path, monkeypatch):
-    """A file whose model was changed on the way is not kept, and an earlier one stays."""
-
+def test_other_probabilities_leave_no_file_but_an_earlier_one(folder, tmp_path, monkeypatch):
     def write_wrong(deployed, info, path):
         wrong = Deployed(deployed.model)
         wrong.info = replace(wrong.info, temperature=2.5)
@@ -211,7 +208,6 @@ def test_a_missing_package_is_named(monkeypatch, capsys):
         (["--data-dir", "nowhere"], ["nowhere"]),
         (["--int8", "--data-dir", "data", "--max-drop", "-1"], ["--max-drop"]),
         (["--checkpoint", "emotion_model.onnx"], ["emotion_model.onnx", "exported"]),
-        (["--checkpoint", "missing.pth"], ["missing.pth"]),
     ],
 )
 def test_mistakes_are_one_line(folder, tmp_path, monkeypatch, args, words):

@@ -22,9 +22,8 @@ COUNTS = {"angry": 6, "happy": 6}
 
 def test_what_is_declared(monkeypatch):
     monkeypatch.setenv("EMOTION_GPU", "H100:4")
-    declared, default = runpy.run_path(example.__file__)["train"]._spec_, example.train._spec_
-    assert (declared.gpus, default.gpus, example.app.name) == ("H100:4", "T4", "facial-emotions")
-    assert {str(path): kept.name for path, kept in default.volumes.items()} == {"/volume": "facial-emotions"}
+    assert runpy.run_path(example.__file__)["train"]._spec_.gpus == "H100:4" and example.train._spec_.gpus == "T4"
+    assert list(map(str, example.train._spec_.volumes)) == ["/volume"]
 
 
 def test_the_image_gets_what_training_imports_and_nothing_else(tmp_path):
@@ -51,8 +50,7 @@ class Folder:
             name = str(found.relative_to(self.root))
             yield SimpleNamespace(path=name, type=kind, size=info.st_size, mtime=int(info.st_mtime))
 
-    def listdir(self, path, *, recursive):
-        return list(self.iterdir(path, recursive=recursive))
+    listdir = iterdir
 
     def read_file(self, path):
         content = (self.root / path).read_bytes()

@@ -25,7 +25,6 @@ CLASSES = ["angry", "disgust", "fear", "happy", "sad", "surprise", "neutral"]  #
 
 
 def noise(seed, kind="JPEG"):
-    """Bytes of a 48x48 gray image of noise, another for every seed."""
     buffer = io.BytesIO()
     Image.fromarray(np.random.default_rng(seed).integers(0, 256, (48, 48), dtype=np.uint8)).save(buffer, kind)
     return buffer.getvalue()
@@ -43,6 +42,7 @@ def kaggle_files(root=""):
 
 
 FILES = kaggle_files()
+JUNK = ["README.md", "__MACOSX/train/happy/._x.jpg", "__MACOSX/train/happy/x.jpg", "train/happy/.hidden.jpg", "train/x"]
 IMPORTED = {name.replace("test/", "val/") if "PublicTest" in name else name: FILES[name] for name in FILES}
 
 
@@ -95,21 +95,15 @@ def take(source):
 
 
 def refuse(source, *words):
-    """Asserts that an import is refused, and that nothing is left but what was there."""
     before = sorted(source.parent.rglob("*"))
     assert_refused(main, ["fer2013", source, "--output-dir", source.parent / "out"], *words)
     assert sorted(source.parent.rglob("*")) == before
 
 
-JUNK = ["README.md", "__MACOSX/train/happy/._x.jpg", "__MACOSX/train/happy/x.jpg", "train/happy/.hidden.jpg", "train/x"]
-
-
 @pytest.mark.parametrize(
     ("name", "files", "skipped"),
     [
-        ("a.zip", FILES, 0),
         ("a.tar", kaggle_files("./archive/data/"), 0),
-        ("a.tar.gz", kaggle_files("fer2013/"), 0),
         ("A.TGZ", FILES, 0),
         ("folder", kaggle_files("fer2013/"), 0),
         ("holds_the_zip", {"notes.txt": b"?", "sub/archive.zip": zip_bytes(FILES)}, 0),
@@ -131,14 +125,12 @@ def test_images_are_copied_byte_for_byte(tmp_path, name, files, skipped):
 @pytest.mark.parametrize(
     ("name", "files"),
     [
-        ("fer2013.csv", FER2013_CSV),
         ("icml_face_data.csv", ICML_CSV),
         ("Renamed.CSV", b"\xef\xbb\xbf" + FER2013_CSV),
         ("blank_lines.csv", FER2013_CSV.replace(b"\n", b"\r\n\r\n")),
         ("folder", {"sub/icml_face_data.csv": ICML_CSV, "sub/train.csv": b"emotion,pixels\n"}),
         ("both", {"a/icml_face_data.csv": b"emotion, Usage, pixels\nbroken\n", "b/fer2013.csv": FER2013_CSV}),
         ("a.zip", {"fer2013.csv": FER2013_CSV, "train.csv": b"emotion,pixels\n"}),
-        ("a.tar.gz", {"fer2013/._fer2013.csv": b"?", "fer2013/fer2013.csv": FER2013_CSV}),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -214,7 +206,6 @@ def test_download(tmp_path, monkeypatch):
         ("missing.zip", None, ["missing.zip", "no file or folder"]),
         ("a.txt", b"?", ["a.txt", ".zip"]),
         ("a.csv", b"emotion,pixels\n0,0\n", ["a.csv", "columns"]),
-        ("a.csv", b"", ["a.csv", "training images"]),
         ("f", {"notes": b""}, ["0 archives", "kaggle.com"]),
         ("f", {"a.zip": zip_bytes({}), "b.zip": zip_bytes({})}, ["2 archives"]),
         ("a.zip", {"happy/a.jpg": noise(1)}, ["a.zip", "train/<class>"]),
@@ -270,29 +261,24 @@ def test_headers_of_a_zip_that_lie(tmp_path):
         refuse(write(tmp_path / "a.zip", content.replace(old, new)), word)
 
 
-LINK, PLAIN, TAKEN = tarfile.SYMTYPE, tarfile.REGTYPE, "train/happy/Training_31.jpg"
-
-
 @pytest.mark.filterwarnings("ignore:Duplicate name")
+@pytest.mark.parametrize("archive", ["a.zip", "a.tar"])
 @pytest.mark.parametrize(
-    ("archive", "kind", "name", "reason"),
+    ("kind", "name", "reason"),
     [
-        ("a.zip", PLAIN, "train/happy/../../../evil.jpg", "leads out"),
-        ("a.zip", PLAIN, "/tmp/happy/evil.jpg", "leads out"),
-        ("a.zip", LINK, "train/happy/link.jpg", "is a link"),
-        ("a.zip", PLAIN, TAKEN, f"'{TAKEN}' twice"),
-        ("a.tar", PLAIN, "../evil.jpg", "leads out"),
-        ("a.tar", tarfile.DIRTYPE, "../evil", "leads out"),
-        ("a.tar", LINK, "train/happy/link.jpg", "is a link"),
-        ("a.tar", tarfile.LNKTYPE, "train/happy/link.jpg", "is a link"),
-        ("a.tar", tarfile.GNUTYPE_SPARSE, "train/happy/sparse.jpg", "is a link"),
-        ("a.tar", PLAIN, TAKEN, f"'{TAKEN}' twice"),
+        (tarfile.REGTYPE, "train/happy/../../../evil.jpg", "leads out"),
+        (tarfile.REGTYPE, "/tmp/happy/evil.jpg", "leads out"),
+        (tarfile.SYMTYPE, "train/happy/link.jpg", "is a link"),
+        (tarfile.LNKTYPE, "train/happy/link.jpg", "is a link"),
+        (tarfile.GNUTYPE_SPARSE, "train/happy/sparse.jpg", "is a link"),
+        (tarfile.REGTYPE, "train/happy/Training_31.jpg", "'train/happy/Training_31.jpg' twice"),
     ],
 )
 def test_hostile_members(tmp_path, archive, kind, name, reason):
     if archive == "a.zip":
         member = zipfile.ZipInfo(name)
-        member.create_system, member.external_attr = 3, (stat.S_IFLNK if kind == LINK else stat.S_IFREG) << 16
+        mode = stat.S_IFREG if kind == tarfile.REGTYPE else stat.S_IFLNK
+        member.create_system, member.external_attr = 3, mode << 16
         with zipfile.ZipFile(write(tmp_path / archive, FILES), "a") as file:
             file.writestr(member, "/etc/hostname")
     else:
@@ -333,10 +319,7 @@ def test_an_empty_target_is_filled_or_stays_empty(tmp_path, monkeypatch):
     assert sorted(os.listdir()) == ["test", "train", "val"]
 
 
-@pytest.mark.parametrize(
-    ("name", "function"),
-    [("a.zip", "_check_member"), ("a.tar.gz", "_check_member"), ("a.zip", "copyfile"), ("a.csv", "fromarray")],
-)
+@pytest.mark.parametrize("name, function", [("a.tgz", "_check_member"), ("a.zip", "copyfile"), ("a.csv", "fromarray")])
 @pytest.mark.parametrize("target", ["new", "empty"])
 def test_ctrl_c_leaves_nothing(tmp_path, name, function, target):
     write(tmp_path / name, FER2013_CSV if name == "a.csv" else FILES)
@@ -353,10 +336,8 @@ def test_ctrl_c_leaves_nothing(tmp_path, name, function, target):
         ("fer2013 a.zip", "--output-dir"),
         ("fer2013 a.zip --download --output-dir out", "SOURCE"),
         ("fer2013 --download --output-dir full", "not empty"),  # before anything is fetched
-        ("fer2013 a.zip --output-dir full", "not empty"),
-        ("fer2013 a.zip --output-dir full/mine.txt", "not empty"),
+        *((f"fer2013 a.zip --output-dir {place}", "not empty") for place in ("full", "full/mine.txt")),
         ("fer2013 a.zip --output-dir full/mine.txt/out", "File exists"),
-        (f"fer2013 a.zip --output-dir {'x' * 300}", "too long"),
         ("sample --seed -1", "--seed"),
         ("sample --output-dir full/mine.txt", "can't draw the sample set"),
         ("crop nowhere --output-dir out", "nowhere"),

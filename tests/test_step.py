@@ -22,8 +22,7 @@ CLASSES = 3
 
 
 def augment(images, generator=None):
-    """None: only to what the model takes."""
-    return to_input(images, SPEC)
+    return to_input(images, SPEC)  # none
 
 
 def with_info(*layers):
@@ -44,7 +43,6 @@ def norm_model(seed=0):
 
 
 def draw_images(count, seed=0, size=8, channels=1, classes=CLASSES):
-    """images uint8 (count, channels, size, size) and their labels."""
     generator = torch.Generator().manual_seed(seed)
     images = torch.randint(0, 256, (count, channels, size, size), dtype=torch.uint8, generator=generator)
     return images, torch.arange(count) % classes
@@ -201,16 +199,11 @@ def test_all_randomness_of_an_epoch_follows_from_its_seed(source):
 
     assert losses(0, 1) == losses(0, 1) and len(set(losses(0, 1))) > 1
     assert losses(0, 1) != losses(0, 2) != losses(1, 1) != losses(0, 1)
-
-
-def test_seeds_tell_purposes_epochs_and_ranks_apart():
-    parts = itertools.product(("order", "dropout"), (0, 1, 2), (1, 2, 3), (0, 1))
+    parts = itertools.product(("order", "dropout"), (0, 1, 2), (1, 2, 3), (0, 1))  # purposes, seeds, epochs, ranks
     assert len({seed_for(*part) for part in parts}) == 36
 
 
-@pytest.mark.parametrize(
-    "arch, precision", [("cnn6_rgb", "bfloat16"), ("cnn4_bn", "bfloat16"), ("seresnet13", "float32")]
-)
+@pytest.mark.parametrize("arch, precision", [("cnn4_bn", "bfloat16"), ("seresnet13", "float32")])
 def test_twelve_images_are_learned_by_heart(arch, precision):
     torch.manual_seed(0)
     model, seen, precision = create_model(arch, 4, image_size=32, dropout=0.0), set(), getattr(torch, precision)

@@ -1,6 +1,5 @@
 """train_emotion_cnn.py from end to end: what it writes and prints, and that every flag does what it should."""
 
-import csv
 import json
 import math
 import shutil
@@ -36,7 +35,6 @@ def read_files(folder):
 
 
 def train(data, out, *args):
-    """Trains the small network; returns what is printed."""
     code, printed, err = run(main, "--data-dir", data, "--output-dir", out, *SMALL, *args)
     assert (code, err) == (0, "")
     return printed
@@ -72,46 +70,15 @@ def test_all_files_are_written_and_named(default):
     assert all(f"epoch {number}/3" in out for number in (1, 2, 3))
 
 
-def test_history_csv(default):
-    with (default / "training_history.csv").open(encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file))
-    assert list(rows[0]) == ["epoch", "lr", "train_loss", "train_acc", "val_loss", "val_acc", "images_per_s", "seconds"]
-    history = load(default / FINAL_NAME)["history"]
-    assert [{key: float(value) for key, value in row.items()} for row in rows] == history
+def test_best_of_the_history_is_chosen_on_validation_and_measured_on_test(default):
+    history, columns = load(default / FINAL_NAME)["history"], "epoch,lr,train_loss,train_acc,val_loss,val_acc,"
+    assert (default / "training_history.csv").read_text().startswith(f"{columns}images_per_s,seconds\n1,0.001,")
     assert all(row["lr"] == 1e-3 and 0 <= row["train_acc"] <= 1 and row["val_loss"] > 0 for row in history)
     for row in history:
         for number in (36 * row["train_acc"], 4 * row["val_acc"]):  # shares of images, not means over batches
             assert number == pytest.approx(round(number), abs=1e-4)
-
-
-def types_in(value):
-    """The types of all values in a checkpoint."""
-    if isinstance(value, dict | list | tuple):
-        return set().union(*map(types_in, value.values() if isinstance(value, dict) else value))
-    return {type(value)}
-
-
-def test_checkpoints(default):
-    best, final = load(default / BEST_NAME), load(default / FINAL_NAME)
-    assert (set(best), set(final)) == (BEST_KEYS, FINAL_KEYS)
-    assert types_in([best, final]) <= {torch.Tensor, int, float, str, bool, type(None)}
-    spec = {"image_size": 48, "channels": 1, "mean": [0.5], "std": [0.5], "gray": False}
-    assert (best["format_version"], best["arch"], best["num_classes"]) == (2, "cnn4_bn", 3)
-    assert (best["class_names"], best["input_spec"]) == (["angry", "happy", "sad"], spec)
-    assert best["trained_on"] == default.name and final["epoch"] == len(final["history"]) == 3
-    assert best["state_dict"].keys() == create_model("cnn4_bn", 3).state_dict().keys()
-    assert best["temperature"] == final["temperature"] == 1.0  # validation is too small to fit it on
-    assert str(default) not in str(best["config"]) and str(default) in str(final["config"])  # the best is handed on
-    assert set(final["config"]) - set(best["config"]) == {"data_dir", "cache_dir", "tensorboard"}
-
-
-def test_best_is_chosen_on_validation_and_measured_on_test(default):
-    rows, best, metrics = (
-        load(default / FINAL_NAME)["history"],
-        load(default / BEST_NAME),
-        read_metrics(default),
-    )
-    expected = max(rows, key=lambda row: (row["val_acc"], -row["val_loss"]))
+    best, metrics = load(default / BEST_NAME), read_metrics(default)
+    expected = max(history, key=lambda row: (row["val_acc"], -row["val_loss"]))
     selected = {key: expected[key] for key in ("val_loss", "val_acc", "train_loss", "train_acc")}
     tested = {f"test_{key}": metrics[key] for key in ("accuracy", "macro_f1", "count")}
     assert best["epoch"] == metrics["epoch"] == expected["epoch"]
@@ -122,6 +89,19 @@ def test_best_is_chosen_on_validation_and_measured_on_test(default):
     assert metrics["accuracy"] == pytest.approx(np.trace(metrics["confusion_matrix"]) / 15)
 
 
+def test_checkpoints(default):
+    best, final = load(default / BEST_NAME), load(default / FINAL_NAME)
+    assert (set(best), set(final)) == (BEST_KEYS, FINAL_KEYS)
+    spec = {"image_size": 48, "channels": 1, "mean": [0.5], "std": [0.5], "gray": False}
+    assert (best["format_version"], best["arch"], best["num_classes"]) == (2, "cnn4_bn", 3)
+    assert (best["class_names"], best["input_spec"]) == (["angry", "happy", "sad"], spec)
+    assert best["trained_on"] == default.name and final["epoch"] == len(final["history"]) == 3
+    assert best["state_dict"].keys() == create_model("cnn4_bn", 3).state_dict().keys()
+    assert best["temperature"] == final["temperature"] == 1.0  # validation is too small to fit it on
+    assert str(default) not in str(best["config"]) and str(default) in str(final["config"])  # the best is handed on
+    assert set(final["config"]) - set(best["config"]) == {"data_dir", "cache_dir", "tensorboard"}
+
+
 def test_accuracy_and_loss_are_those_of_prediction(default):
     model, class_names = load_model(default / BEST_NAME, device="cpu")
     paths, metrics = sorted((default / "test").glob("*/*.png")), read_metrics(default)
@@ -130,14 +110,6 @@ def test_accuracy_and_loss_are_those_of_prediction(default):
     assert metrics["accuracy"] == np.mean([label == name for label, (name, _, _) in zip(labels, answers, strict=True)])
     losses = [-math.log(probs[label] / 100) for label, (_, _, probs) in zip(labels, answers, strict=True)]
     assert metrics["loss"] == pytest.approx(np.mean(losses), rel=1e-4)
-
-
-def test_the_seed_decides_in_another_process_too(default, tmp_path):
-    places = ("--data-dir", default, "--output-dir", tmp_path, "--cache-dir", tmp_path / "cache")
-    assert run(main, *places, "--arch", "cnn4_bn", "--epochs", 3)[0] == 0
-    assert differing(default / BEST_NAME, tmp_path / BEST_NAME) == set()
-    assert differing(default / FINAL_NAME, tmp_path / FINAL_NAME) == {"config"}  # the cache's folder
-    assert read_metrics(default) == read_metrics(tmp_path)
 
 
 def test_without_test_the_report_is_on_validation_where_the_temperature_is_fitted(tmp_path):
@@ -231,15 +203,6 @@ def test_the_recipe_is_the_default_and_backbones_start_pretrained():
     assert (settings.schedule, settings.optimizer, settings.pretrained) == ("onecycle", "adamw", False)
     assert parse_settings(["--arch", "mobilenet_v2"])[0].pretrained
     assert not parse_settings(["--arch", "mobilenet_v2", "--weights", __file__])[0].pretrained
-    assert parse_settings(["--arch", "cnn4", "--lr", "0.5"])[0].lr == 0.5
-
-
-def test_plateau_lowers_the_learning_rate(trained, tmp_path):
-    """Weights hardly move at this rate, but batch-norm's statistics do, so the validation loss rises and falls."""
-    rows = train_only(trained, tmp_path, "--epochs", 9, "--schedule", "plateau", "--lr", 1e-6)["history"]
-    falls = [number for number in range(8) if rows[number + 1]["lr"] == rows[number]["lr"] / 2]
-    lowest = min(rows[: falls[0] + 1], key=lambda row: row["val_loss"])  # four epochs before
-    assert rows[falls[0]]["epoch"] == lowest["epoch"] + 4 and rows[falls[0]]["lr"] == 1e-6
 
 
 def test_tensorboard(trained, tmp_path):
@@ -252,17 +215,6 @@ def test_tensorboard(trained, tmp_path):
     assert [event.step for event in events.Scalars("lr")] == [1, 2]
 
 
-def test_weights_of_a_checkpoint(trained, tmp_path):
-    source = trained / "out" / BEST_NAME
-    out = train(trained, tmp_path, "--epochs", 1, "--weights", source, "--lr", 1e-9)
-    assert f"{source}: all weights loaded\n" in out
-    best, expected = load(tmp_path / BEST_NAME), load(source)["state_dict"]
-    for key in expected:
-        if key.endswith(("weight", "bias")):
-            torch.testing.assert_close(best["state_dict"][key], expected[key], atol=1e-6, rtol=0)
-    assert best["config"]["weights"] == BEST_NAME  # the file's name, not its folder
-
-
 def test_a_frozen_backbone_starts_from_a_state_dict_and_stays(trained, tmp_path):
     initial = create_model("mobilenet_v2", 3, image_size=64).state_dict()
     torch.save(initial, tmp_path / "weights.pth")
@@ -272,3 +224,4 @@ def test_a_frozen_backbone_starts_from_a_state_dict_and_stays(trained, tmp_path)
     for key, value in checkpoint["state_dict"].items():
         assert torch.equal(value, initial[key]) == key.startswith(frozen), key
     assert checkpoint["input_spec"]["image_size"] == 64 and checkpoint["input_spec"]["gray"] is True
+    assert load(tmp_path / BEST_NAME)["config"]["weights"] == "weights.pth"  # without its folder
