@@ -20,7 +20,7 @@ from pathlib import Path
 
 from checkpoints import replace_file
 from console import ArgumentParser, make_output_dir, number, run_script
-from data import find_splits
+from data import describe_others, find_splits
 from errors import InputError, printable
 from faces.detector import SMALLEST
 from prepare.audit import audit, draw_groups, format_audit
@@ -101,7 +101,8 @@ def run_crop(photos: Path, output_dir: Path, min_face: int | None) -> None:
         raise InputError(f"--output-dir {output_dir} is inside of {photos}; choose another folder")
     with new_folder(output_dir) as folder:
         kept, total = crop_photos(photos, folder, min_face)
-    print(f"{kept:,} faces of {total:,} images written, {total - kept:,} left out")
+    others = describe_others(photos)
+    print(f"{kept:,} faces of {total:,} images written, {total - kept:,} left out{others and f', not read: {others}'}")
 
 
 def run_audit(folder: Path, output_dir: Path) -> None:

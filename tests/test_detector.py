@@ -116,7 +116,7 @@ def test_large_images_are_searched_on_a_copy():
     wide = Image.new("RGB", (4000, 3000), "gray")
     wide.paste(scaled(50), (700, 900))
     assert find_faces(wide) == []  # 50 pixels of 4,000 are 12 of 960
-    (face,) = find_faces(wide, min_size=40)
+    (face,) = find_faces(wide, min_size=30)
     assert face.height == pytest.approx(50, rel=0.2)
 
 

@@ -1,6 +1,5 @@
 """The house: who imports whom, sizes, light imports, and README and docs held to flags, networks, recipes and words."""
 
-import argparse
 import ast
 import functools
 import importlib
@@ -147,7 +146,8 @@ def test_help_shows_every_flag_with_a_text(script):
     parser = importlib.import_module(script).get_args_parser()
     commands = parser._subparsers._group_actions[0].choices.values() if script == "prepare_data" else [parser]
     for parser in commands:
-        assert [action.dest for action in parser._actions if action.help in (None, "", argparse.SUPPRESS)] == []
+        assert [action.dest for action in parser._actions if not action.help] == []
+        assert all(flag in parser.format_help() for flag in parser._option_string_actions)
 
 
 def anchors(page):
