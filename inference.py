@@ -6,7 +6,6 @@ Example::
     predicted_class, confidence, all_probs = predict_image(model, "photo.jpg", class_names)
 """
 
-import contextlib
 import os
 import sys
 import warnings
@@ -19,7 +18,7 @@ import torch
 from torch import nn
 
 from checkpoints import BEST_NAME, adopt_checkpoint, build_model, read_checkpoint
-from data import SAMPLE_SET, walk_images
+from data import SAMPLE_SET
 from device import memory_format, pick_device
 from errors import InputError, printable
 from export.formats import ExportedModel, is_exported, read_exported
@@ -181,22 +180,6 @@ def crop_largest_face(path: str | Path, min_size: int | None = None) -> np.ndarr
     if not found:
         raise InputError(f"no face is found in {path}")
     return align_face(pixels, found[0])
-
-
-def warn_of_photos(folder: str | Path) -> list[str]:
-    """A warning if a sample of the images below `folder` are whole photos rather than crops of faces, else no line."""
-    files, images = walk_images(folder), []
-    for file in files[:: 1 + len(files) // 12]:
-        with contextlib.suppress(InputError):
-            images.append(read_whole(file.path))
-    if not images or np.median([max(image.shape) for image in images]) <= 200:
-        return []
-    found = [(faces[0], image) for image in images if (faces := find_faces(image, turns=False))]
-    shares = [max(face.width, face.height) / max(image.shape) for face, image in found]
-    if not shares or np.median(shares) >= 0.5:
-        return []
-    name = printable(folder)
-    return [f"warning: {name} holds whole photos, and faces are a small part of them; use prepare_data.py crop"]
 
 
 def _check_classes(model: nn.Module, class_names: list[str] | None) -> list[str]:

@@ -46,7 +46,7 @@ from engine.pretrained import freeze, load_imagenet_weights, load_initial_weight
 from engine.settings import Settings
 from engine.step import CLASS_WEIGHTS, TrainStep, check_finite, make_class_weights, seed_for, train_one_epoch
 from errors import InputError, printable
-from inference import warn_of_photos
+from faces.detector import warn_of_photos
 from models import count_parameters, create_model, device_of, get_arch, input_spec_for, list_archs
 from splits import SAMPLERS, Splits, batch_bounds, draw_order, load_splits
 

@@ -29,7 +29,9 @@ GPU = os.environ.get("EMOTION_GPU", "T4")  # or L4, A10G, A100, H100, with :2 an
 REPO = Path(__file__).resolve().parent.parent  # /root in the container
 VOLUME_DIR = Path("/volume")
 NOT_THERE = ("--weights", "--teacher", "--tensorboard")  # files of this machine, and a package that isn't installed
-IGNORED = ~modal.FilePatternMatcher("*.py", "engine/*.py")  # all except what training imports
+IGNORED = ~modal.FilePatternMatcher(
+    "*.py", "engine/*.py", "faces/*.py", "weights/face_detector.pth"
+)  # what training uses
 
 app = modal.App(NAME)
 volume = modal.Volume.from_name(NAME, create_if_missing=True)

@@ -8,6 +8,7 @@ Example::
 """
 
 import cmath
+import contextlib
 import math
 from functools import cache
 from pathlib import Path
@@ -18,7 +19,8 @@ from PIL import Image
 from torch import nn
 from torch.nn import functional as F
 
-from errors import InputError
+from data import walk_images
+from errors import InputError, printable
 from faces.align import Face, cut_square
 from preprocessing import read_whole
 
@@ -228,3 +230,19 @@ def _to_face(row: np.ndarray, shape: tuple[int, ...], ratio: float) -> Face:
     top, bottom = (min(max(round(end), 0), shape[0]) for end in (row[1], row[1] + row[3]))
     landmarks = tuple((float(x), float(y)) for x, y in row[4:14].reshape(5, 2))
     return Face(left, top, right - left, bottom - top, float(row[14]), landmarks)
+
+
+def warn_of_photos(folder: str | Path) -> list[str]:
+    """A warning if a sample of the images below `folder` are whole photos rather than crops of faces, else no line."""
+    files, images = walk_images(folder), []
+    for file in files[:: 1 + len(files) // 12]:
+        with contextlib.suppress(InputError):
+            images.append(read_whole(file.path))
+    if not images or np.median([max(image.shape) for image in images]) <= 200:
+        return []
+    found = [(faces[0], image) for image in images if (faces := find_faces(image, turns=False))]
+    shares = [max(face.width, face.height) / max(image.shape) for face, image in found]
+    if not shares or np.median(shares) >= 0.5:
+        return []
+    name = printable(folder)
+    return [f"warning: {name} holds whole photos, and faces are a small part of them; use prepare_data.py crop"]

@@ -11,8 +11,8 @@ from PIL import Image
 from test_predict import NAMES, rows_of
 
 from faces.align import Face, align_face
-from faces.detector import detect, find_faces, keep_best
-from inference import classify, classify_on_cores, make_finder, warn_of_photos
+from faces.detector import detect, find_faces, keep_best, warn_of_photos
+from inference import classify, classify_on_cores, make_finder
 from predict_emotion import load_model, main, predict_faces, predict_image, predict_images
 
 ASTRONAUT = open_portrait()
