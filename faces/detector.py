@@ -141,7 +141,8 @@ def find_faces(image, *, min_size: int | None = None, turns: bool = True) -> lis
     copy = _reduce(pixels, min(1.0, 2 * scale))  # twice what is searched, to look at faces again
     ratio = copy.shape[1] / pixels.shape[1]
     for turn in (0, 30, -30, 90, -90, 180) if turns else (0,):
-        rows = _search(copy, scale / ratio / (2 if turn else 1), turn)
+        most = LONGEST / 2 / max(copy.shape[:2]) if turn else 1.0  # turned, only larger faces are looked for
+        rows = _search(copy, min(scale / ratio, most), turn)
         rows = rows[rows[:, 2:4].min(1) >= (min_size or SMALLEST / scale) * ratio]
         if len(rows):
             tilts = range(-180, 180, 15) if turns else range(-45, 60, 15)
