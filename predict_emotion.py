@@ -310,6 +310,8 @@ def predict_files(model: nn.Module, paths: list[str], args: argparse.Namespace) 
         print(f"annotated in {printable(args.annotate)}", file=sys.stderr)
     if any(others):
         print(f"not read: {', '.join(filter(None, others))}", file=sys.stderr)
+    if is_single and kinds["none"] and not is_video(paths[0]):
+        print("--min-face looks for smaller faces; --faces off classifies the whole image", file=sys.stderr)
     if not is_single or is_video(paths[0]) and kinds:
         print(summarize(paths, unreadable, kinds), file=sys.stderr)
     return 0 if kinds else 2

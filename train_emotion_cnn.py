@@ -352,7 +352,7 @@ def finish_run(settings: Settings, best: dict, metrics: dict, progress: resume.P
     title = f"{best['arch']} on {splits.trained_on}"
     files = reports.write_report(metrics, output_dir, progress.history, title=title)
     if not splits.test:
-        print("\nThere is no test/: this report is on validation, which also chose epoch and temperature.")
+        print("\nThere is no test/: this report is on validation, which also chose the epoch.")
     print(f"\nBest epoch: {best['epoch']} of {progress.epoch}\n{reports.format_report(metrics)}")
     print(f"In {printable(output_dir.resolve())}: {', '.join((BEST_NAME, FINAL_NAME, *files))}")
     script = Path(__file__).resolve().with_name("predict_emotion.py")

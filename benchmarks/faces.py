@@ -37,6 +37,10 @@ def cut_face(pixels: np.ndarray) -> np.ndarray | None:
     return align_face(pixels, faces[0]) if faces else None
 
 
+def cut_face_box(pixels: np.ndarray) -> np.ndarray | None:
+    return cut_box(pixels, np.array([face.box for face in find_faces(pixels)]))
+
+
 def cut_box(pixels: np.ndarray, boxes: np.ndarray | None) -> np.ndarray | None:
     if boxes is None or not len(boxes):
         return None
@@ -46,7 +50,7 @@ def cut_box(pixels: np.ndarray, boxes: np.ndarray | None) -> np.ndarray | None:
 
 
 def find_cutters(onnx: str | None) -> dict[str, Cutter]:
-    cutters: dict[str, Cutter] = {"faces/detector.py": cut_face}
+    cutters: dict[str, Cutter] = {"faces/detector.py": cut_face, "the same, not turned": cut_face_box}
     try:
         import cv2
     except ImportError:
