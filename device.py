@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import math
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -75,6 +76,17 @@ def limit_threads(processes: int = 1) -> None:
     with contextlib.suppress(OSError, ValueError):  # no such cgroup
         cpus = min(cpus, cpu_limit(Path("/sys/fs/cgroup/cpu.max").read_text()) or cpus)
     torch.set_num_threads(max(1, cpus // processes))
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[int]:
+    """Inside, torch uses one thread, and so does every thread that starts there. Yields how many it used before."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield threads
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _count_cpus() -> int:

@@ -19,7 +19,7 @@ from torch import nn
 
 from checkpoints import BEST_NAME, adopt_checkpoint, build_model, read_checkpoint
 from data import SAMPLE_SET
-from device import memory_format, pick_device
+from device import memory_format, one_thread, pick_device
 from errors import InputError, printable
 from export.formats import ExportedModel, is_exported, read_exported
 from faces.align import Face, align_face
@@ -305,7 +305,6 @@ def classify_on_cores(
     On the CPU every core takes a share of the batch and works it through on its own, decoding included: with a small
     model cores that share one batch wait for each other, and for whichever of them decodes.
     """
-    threads = torch.get_num_threads()
     if len(sources) == 1 or device_of(model).type != "cpu":
         yield from classify(model, sources, find, batch_size, on_error)
         return
@@ -315,12 +314,9 @@ def classify_on_cores(
         parts = [views[start : start + batch_size] for start in range(0, len(views), batch_size)]  # of many faces
         return [result for part in parts for result in classify_batch(model, part)], unreadable
 
-    size = max(1, min(batch_size // threads, len(sources) // (4 * threads)))  # or one core works and the others wait
-    torch.set_num_threads(1)  # for the threads that start from here on
-    try:
+    with one_thread() as threads:
+        size = max(1, min(batch_size // threads, len(sources) // (4 * threads)))  # or one core works, the others wait
         for _, (results, unreadable) in in_chunks(sources, work, size, workers=threads):
             for source, message in unreadable:
                 on_error(source, message)
             yield from results
-    finally:
-        torch.set_num_threads(threads)

@@ -20,6 +20,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from data import walk_images
+from device import one_thread
 from errors import InputError, printable
 from faces.align import Face, cut_square
 from preprocessing import read_whole
@@ -89,6 +90,7 @@ def load_detector() -> YuNet:
 # Finding
 
 
+@one_thread()  # the layers are small, and threads would mostly wait for each other
 @torch.inference_mode()
 def detect(images: np.ndarray, min_score: float = MIN_SCORE) -> list[np.ndarray]:
     """uint8 (N, H, W, 3), RGB -> for each image float32 (faces, 15), the best first: left, top, width, height, x and y
