@@ -61,7 +61,7 @@ def make_checkpoint(model: nn.Module, *, epoch: int, metrics: dict, config: dict
 
 
 def without_folders(config: dict) -> dict:
-    """`config` as a file to hand on keeps it: no folder, and of --weights and --teacher the files' names."""
+    """A copy of `config` to share: without folders, and with only the file names of --weights and --teacher."""
 
     def name_of(path):
         return [name_of(each) for each in path] if isinstance(path, list) else path and Path(str(path)).name

@@ -63,7 +63,7 @@ def number(kind: type, low: float, high: float = math.inf, *, below: bool = Fals
 
 
 class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
-    """Shows the defaults that tell something."""
+    """Shows defaults in --help, except None, False and suppressed ones."""
 
     def _get_help_string(self, action: argparse.Action) -> str:
         has_none = action.default is None or action.default is False or action.default == argparse.SUPPRESS
@@ -71,7 +71,7 @@ class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """argparse's, but a wrong flag gets one line instead of the whole usage, and a part of a flag is a wrong one."""
+    """argparse's parser, but a wrong flag gets one line instead of the whole usage, and flags can't be abbreviated."""
 
     def __init__(self, **options):
         super().__init__(**{"allow_abbrev": False, "formatter_class": _HelpFormatter, **options})

@@ -114,9 +114,9 @@ def predict_image(model: nn.Module, image, class_names: list[str] | None = None,
     """(predicted class, its confidence in percent, dict of class name to percent in class order).
 
     `image` is a path, a PIL image, or a uint8 array in RGB order (H, W, 3) or gray (H, W). With `faces` "auto" an image
-    whose longer side is at most 100 pixels, or the model's image_size, is taken whole, as the crop of a face; in larger
-    ones the largest face is found and classified. If there is none, all of the image is, with a UserWarning. "on" looks
-    for a face in small images too, "off" takes all of any image. `class_names` defaults to the model's own. Raises
+    whose longer side is at most the larger of 100 and the model's image_size is taken whole, as a crop; in larger
+    images, the largest face is classified, or if none is found, the whole image, with a UserWarning. "on" looks for a
+    face in small images too; "off" always takes the whole image. `class_names` defaults to the model's own. Raises
     ValueError that names an image which can't be read.
     """
     return predict_images(model, [image], class_names, faces=faces)[0]
@@ -198,7 +198,7 @@ def predict_probs(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
 
 
 def to_prediction(probs: torch.Tensor | None, class_names: list[str]) -> Prediction | None:
-    """What predict_image returns, from probs (num_classes,); None from None, which is an image without a face."""
+    """What predict_image returns, from probs (num_classes,); None if `probs` is None (no face found)."""
     if probs is None:
         return None
     all_probs = {name: 100 * value for name, value in zip(class_names, probs.tolist(), strict=True)}
@@ -211,8 +211,8 @@ def to_prediction(probs: torch.Tensor | None, class_names: list[str]) -> Predict
 
 @dataclass(frozen=True)
 class View:
-    """What is classified of `source`: kind "face", one of its faces, the largest of which has number 1; "whole", all of
-    it; "crop", all of it because it is small; or "none": it has no face. `time`, in seconds, is of a video's frame.
+    """The part of `source` to classify. `kind` is "face" (number 1 is the largest face), "whole" (the whole image),
+    "crop" (the whole image, because it is small) or "none" (no face found). `time`, in seconds, is a video frame's.
     """
 
     source: object
@@ -229,7 +229,7 @@ def make_finder(spec: InputSpec, faces: str = "off", min_size: int | None = None
     """A function from an image to its views, each with pixels uint8 (C, H, W) as read_image makes them.
 
     faces "off" takes the whole image, "on" every face in it, "auto" every face, except that it takes the whole of
-    images whose longer side is at most 100 pixels or spec.image_size, which are crops of faces already. An image
+    images whose longer side is at most the larger of 100 pixels and spec.image_size: they are crops already. An image
     without a face is one view without pixels. `min_size` and `turns` as for find_faces.
     """
     if faces not in ("auto", "on", "off"):

@@ -358,7 +358,7 @@ def seresnet13(num_classes: int, image_size: int) -> nn.Module:
 class _StridedDepthwise(nn.Conv2d):
     """A depthwise convolution with a stride, in float32 on the CPU also under autocast.
 
-    Its backward pass in bfloat16 takes four times as long (torch 2.15, AVX-512): MobileNetV2 trains twice as fast so.
+    In bfloat16 the backward pass takes four times as long (torch 2.15, AVX-512); float32 makes training twice as fast.
     """
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:

@@ -181,7 +181,7 @@ def summarize(paths: list[str], unreadable: Collection[str], kinds: Counter) -> 
 
 
 def to_cell(value):
-    """As a CSV cell: empty for None, and text that a spreadsheet would take for a formula behind an apostrophe."""
+    """A CSV cell: empty for None; text that a spreadsheet would take for a formula gets an apostrophe in front."""
     if isinstance(value, str) and value.startswith(_FORMULA_STARTS):
         return "'" + value
     return "" if value is None else value
@@ -206,8 +206,8 @@ class TableWriter:
     with TableWriter("p.csv", ["file", "emotion"]) as table:
         table.add({"file": "a.png", "emotion": "happy"})
 
-    What a row lacks is empty in CSV and null in JSON. `path` changes at the end of the block; it stays as it was after
-    an error in the block, which goes through, and if no row came. Raises InputError if the file can't be written.
+    What a row lacks is empty in CSV and null in JSON. `path` is replaced at the end of the block, unless no row was
+    added or the block raised an error, which is passed on. Raises InputError if the file can't be written.
     """
 
     def __init__(self, path: str | Path, columns: list[str]):

@@ -57,7 +57,7 @@ def get_args_parser() -> ArgumentParser:
 
 @contextlib.contextmanager
 def new_folder(target: Path) -> Iterator[Path]:
-    """An empty folder whose content becomes that of `target`, the --output-dir, at the end; on an error nothing does.
+    """Yields an empty folder; its content moves to `target`, the --output-dir, at the end, but not after an error.
 
     A target that exists must be empty. It may be a mount point or the current folder, so it is filled, not replaced.
     InputError if it is not empty, and for any OSError on the way.

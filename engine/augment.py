@@ -77,9 +77,9 @@ def parse_augment(text: str) -> Strengths:
 def augment(images: torch.Tensor, spec: InputSpec, strengths: Strengths, generator: torch.Generator) -> torch.Tensor:
     """uint8 (N, C, H, W), 0-255 -> float32 (N, spec.channels, H, W), augmented and normalized.
 
-    Every image draws its own values from `generator`, which must be on the device of `images`. What geometry brings in
-    from outside the image, and what is erased, is the mean (0 once normalized). A `window` below 1 leaves images of
-    that share of H and W, rounded to pixels (Krizhevsky et al. 2012 trained so at 224 of 256).
+    Every image draws its own values from `generator`, which must be on the device of `images`. Areas from outside the
+    image and erased areas are filled with the mean (0 once normalized). A `window` below 1 returns images of that
+    share of H and W, rounded to pixels (Krizhevsky et al. 2012 trained so at 224 of 256).
     """
     uniform = torch.rand(16, len(images), generator=generator, device=images.device)  # one row for each draw below
     inputs = images.float() / 255

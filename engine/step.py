@@ -62,9 +62,9 @@ class TrainStep:
     - the target of a class is one-hot, smoothed by `label_smoothing`, times `class_weights` (num_classes,);
     - `mixup` blends each image and its target with another's, by a weight from Beta(mixup, mixup): Zhang et al.
       2018, arXiv:1710.09412;
-    - with `teachers`, models in evaluation mode, TEACHER_SHARE of the targets are the probabilities that one of them,
-      drawn anew per step, gives the same augmented images: Hinton et al. 2015, arXiv:1503.02531, by the same views as
-      in Beyer et al. 2021, arXiv:2106.05237.
+    - with `teachers`, models in evaluation mode, a share TEACHER_SHARE of each target is what one of them, drawn anew
+      per step, predicts for the same augmented images: Hinton et al. 2015, arXiv:1503.02531; same views as in
+      Beyer et al. 2021, arXiv:2106.05237.
 
     `grad_accum` splits a batch into that many passes whose gradients add up: less memory and the same step, except
     for batch-norm, which sees one pass at a time, and the draws of dropout. In a `group` every process gets a shard of

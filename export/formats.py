@@ -162,7 +162,7 @@ class ExportedModel(nn.Module):
 
 
 def is_exported(path: str | Path) -> bool:
-    """By its name; .pt is what some call their checkpoints too, so there the content decides."""
+    """Whether `path` is an exported file, by its suffix; a .pt file may be a checkpoint, so its content decides."""
     return Path(path).suffix in (".onnx", ".pt2", ".safetensors") or (
         Path(path).suffix == ".pt" and is_torchscript(Path(path))
     )

@@ -49,7 +49,7 @@ class Face:
 def align_face(image, face: Face) -> np.ndarray:
     """The square of the box's longer side, turned upright, as uint8 (S, S, 3) at the resolution of the image.
 
-    What lies outside the image repeats its edge. `image` as for find_faces; InputError for one that can't be read.
+    Outside the image, its edge pixels are repeated. `image` as for find_faces; InputError for one that can't be read.
     """
     side = max(1, face.width, face.height)
     return cut_square(read_whole(image), face.center, cmath.rect(1, math.radians(face.tilt)), side)
@@ -58,8 +58,8 @@ def align_face(image, face: Face) -> np.ndarray:
 def cut_square(pixels: np.ndarray, center: complex, step: complex, side: int) -> np.ndarray:
     """uint8 (side, side, 3) from `pixels`, uint8 (H, W, 3), around `center`, x + y i.
 
-    `step` leads from one pixel of the square to the next in its row: its length enlarges or reduces, its direction
-    turns. What lies outside of `pixels` repeats their edge.
+    `step`, complex, is the offset in `pixels` from one pixel of the square to the next in its row: its length scales,
+    its angle rotates. Outside of `pixels`, the edge pixels are repeated.
     """
     start = center - step * side / 2 * (1 + 1j)
     corners = start + step * side * np.array([0, 1, 1j, 1 + 1j])

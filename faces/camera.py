@@ -131,7 +131,7 @@ class Camera:
                 raise self._error or self._lost
 
     def for_seconds(self, seconds: float) -> Iterator[np.ndarray]:
-        """Its frames for so long from the first one on."""
+        """Yields frames for `seconds` seconds, counted from the first frame."""
         end = None
         for pixels in self:
             end = end or time.monotonic() + seconds

@@ -132,8 +132,8 @@ def find_faces(image, *, min_size: int | None = None, turns: bool = True) -> lis
 
     `image` is a path, a PIL image, or a uint8 array (H, W, 3) in RGB order or (H, W). `min_size` is the smallest side
     of a face's box, in pixels of the image; by default 16, or if the image's longer side is over 960 pixels, a 60th of
-    it. Smaller faces take longer to find. With `turns`, an image that shows no face is also searched turned, by 30
-    degrees either way and by quarter turns, and faces may be turned by any angle; without, by at most 45 degrees.
+    it. A smaller `min_size` takes longer. With `turns`, an image in which no face is found is searched again rotated by
+    30 degrees either way and by quarter turns, and faces may be tilted by any angle; without, by at most 45 degrees.
     Raises InputError.
     """
     if min_size is not None and min_size < 1:
@@ -164,8 +164,8 @@ def _reduce(pixels: np.ndarray, scale: float) -> np.ndarray:
 def _search(pixels: np.ndarray, scale: float, turn: int) -> np.ndarray:
     """Rows as of `detect` of the faces in a copy of `pixels` turned counterclockwise by `turn` degrees.
 
-    YuNet finds faces of up to about 300 pixels, so a small copy shows it those that fill the image, with the edges
-    repeated around it, since such a face is cut off there.
+    YuNet finds faces of up to about 300 pixels, so a face that fills the image is looked for in a small copy. Such a
+    face is cut off at the border, so the copy is padded with its edge pixels.
     """
     overview = min(1.0, OVERVIEW / max(pixels.shape[:2]))
     found = [_search_copy(pixels, overview, turn, padding=1 / 6)]
@@ -227,7 +227,7 @@ def _turn_sides(sides: np.ndarray, angle: float) -> np.ndarray:
 
 
 def _to_face(row: np.ndarray, shape: tuple[int, ...], ratio: float) -> Face:
-    """A row as of `detect` in a copy of `ratio` times the size of an image of `shape`, to which the box is clipped."""
+    """The Face of a row as of `detect` in a copy scaled by `ratio`; the box is clipped to the image, of `shape`."""
     row = np.append(row[:14] / ratio, row[14])
     left, right = (min(max(round(end), 0), shape[1]) for end in (row[0], row[0] + row[2]))
     top, bottom = (min(max(round(end), 0), shape[0]) for end in (row[1], row[1] + row[3]))

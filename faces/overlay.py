@@ -33,8 +33,8 @@ def draw_faces(pixels: np.ndarray, results: list[Result], *, enlarge: bool = Tru
     """`pixels` uint8 (H, W, 3) with a box, a label and bars for each (view, prediction).
 
     Small images are enlarged, so that letters and bars have room, unless `enlarge` is False. A label has the number of
-    the view, except for a face that is the only one. Labels and bars are shrunk until they cover no face and nothing
-    else of theirs, or stand where they cover least.
+    the view, except for a face that is the only one. Labels and bars shrink until they overlap no face, label or other
+    bars; if none of their places is free, they go where they overlap least.
     """
     image, scale = Image.fromarray(pixels), 1.0
     if enlarge:
@@ -62,7 +62,7 @@ def draw_faces(pixels: np.ndarray, results: list[Result], *, enlarge: bool = Tru
 
 
 def _pick_color(box: Area, number: int, items: list) -> str:
-    """That of the number, or if another box has it, one that none has, or the one that is farthest away."""
+    """The color of `number`; if another box has it, one that no box has, else the one whose boxes are farthest away."""
     start = max(0, number - 1) % len(COLORS)
     gaps = dict.fromkeys(COLORS[start:] + COLORS[:start], math.inf)
     for other, color, *_ in items:

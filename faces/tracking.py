@@ -32,9 +32,9 @@ class Track:
 class Tracker:
     """Follows faces from one detection to the next and smooths each one's probabilities exponentially.
 
-    `smooth` is the share that the past keeps at every frame (0 is off); a face not found for `patience` detections
-    is gone. A found face belongs to the nearest one before it, if that is less than half its width away; else it gets
-    the next number, from 1 on.
+    `smooth` is the weight of the past at each frame (0 turns smoothing off); a face missed by `patience` detections in
+    a row is dropped. A found face continues the nearest track if their centers are less than half the larger one's
+    width apart; else it gets the next number, from 1 on.
     """
 
     def __init__(self, smooth: float = 0.7, patience: int = 3):

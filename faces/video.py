@@ -49,9 +49,9 @@ def load_av(purpose: str):
 class Video:
     """A video file: `fps` frames a second on average, `size` (width, height), `count` frames as it has it, or 0.
 
-    Iterating, once, yields (number, seconds, pixels) of each frame, upright, with the file's own times. `end` is when
-    the last one ends, `length` when the last of the file should, which may be cut off; `is_finished` tells that no more
-    can be read. Raises InputError if the file can't be opened.
+    Yields (number, seconds, pixels) for each frame, upright, with the file's own times, and only once. `end` is when
+    the last frame yielded ends, `length` the duration that the file states (longer than `end` if the file is cut off),
+    `is_finished` whether all frames have been yielded. Raises InputError if the file can't be opened.
     """
 
     def __init__(self, path: str | Path):
@@ -114,7 +114,7 @@ def _upright(frame) -> np.ndarray:
 
 
 class VideoCopy:
-    """Writes frames to an .mp4 file (H.264), which is in its place once `close` is called; nothing is left without it.
+    """Writes frames to an .mp4 file (H.264), which appears at `path` when `close` is called, and not before.
 
     `size` is (width, height). With `source`, a Video, its sound is added. Raises InputError if that can't be written.
     """
@@ -158,7 +158,7 @@ class VideoCopy:
                 break
 
     def close(self, *, keep: bool = True) -> None:
-        """Puts the file in its place, or with `keep` False leaves nothing. InputError if not all was written.
+        """Moves the finished file to `path`, or deletes it if `keep` is False. InputError if it can't be written.
 
         If the source was not read to its end, the sound ends with the last frame.
         """
@@ -217,8 +217,8 @@ def _copy_sound(video: Video, copy) -> Iterator:
 
 
 class Course:
-    """Follows the faces of a video: their numbers, the largest one's smoothed prediction, for how long it showed each
-    emotion. Frames that are taken whole stand for it."""
+    """Follows the faces of a video: their numbers, the smoothed prediction of the largest one, and how long it showed
+    each emotion. A frame that is classified whole counts as one face."""
 
     def __init__(self, video: Video, every: int):
         self.tracker = Tracker(patience=max(3, round(video.fps / every)))  # a second
@@ -236,7 +236,7 @@ class Course:
         return [(replace(view, number=tracks[view.face].number), p) if view.face else (view, p) for view, p in results]
 
     def go_on(self, seconds: float) -> None:
-        """What was added last has been shown until now."""
+        """Counts the time up to `seconds` toward the emotion that was added last."""
         self.times[self.largest and self.largest[0]] += seconds - self.seconds
         self.seconds = seconds
 
@@ -250,10 +250,10 @@ class Course:
 def predict_video(
     model: nn.Module, video: Video, source: str, find: Finder, *, every: int = 1, targets: Targets | None = None
 ) -> Iterator[tuple[View, Prediction | None]]:
-    """Yields (view, prediction) of every `every`th frame of a video, which views call `source`; None without a face.
+    """Yields (view, prediction) for every `every`th frame; view.source is `source`, prediction None without a face.
 
     A face keeps its number for as long as it is followed. With `targets` there is also a copy, where frames in between
-    show what the last one classified did, and a timeline of the largest face, smoothed. At the end a line with the
+    repeat what the last classified one shows, and a timeline of the largest face, smoothed. At the end a line with the
     shares of the emotions is printed. Memory does not grow with the length of the video, except for the timeline's
     points. Raises InputError if the copy or the timeline can't be written.
     """
