@@ -30,16 +30,7 @@ def bad(tmp_path_factory):
 
 
 NAMED = [  # the line has their words
-    *(
-        "--epochs 0",
-        "--epochs many",
-        "--lr nan",
-        "--dropout 1",
-        "--ema 1",
-        "--val-fraction 2",
-        "--image-size 8",
-        "--batch-size 1",
-    ),
+    *("--epochs 0", "--ema 1", "--lr nan", "--dropout 1", "--val-fraction 2", "--image-size 8", "--batch-size 1"),
     *("--optimizer lion", "--epoch", "--augment rotation", "--device warp", "--weights none.pth", "--teacher none.pth"),
     *("--output-dir {bad}/text.pth", "--output-dir {bad}/text.pth/below", "--tensorboard {bad}/text.pth"),
 ]
