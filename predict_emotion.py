@@ -268,7 +268,7 @@ def predict_all(
     classified = classify_on_cores(model, images, find, args.batch_size, on_error)
     predicted = ((view, to_prediction(probs, model.info.class_names)) for view, probs in classified)
     yield from annotate_images(predicted, targets) if targets else predicted
-    find = make_finder(spec, args.faces, args.min_face, turns=False)  # a video tells how it is turned
+    find = make_finder(spec, args.faces, args.min_face, turns=False)  # the rotation of a video is in its file
     for path in filter(is_video, paths):
         try:
             video = Video(path)

@@ -22,7 +22,7 @@ from checkpoints import replace_file
 from console import ArgumentParser, make_output_dir, number, run_script
 from data import describe_others, find_splits
 from errors import InputError, printable
-from faces.detector import SMALLEST
+from faces.detector import LONGEST, SMALLEST
 from prepare.audit import audit, draw_groups, format_audit
 from prepare.crop import crop_photos
 from prepare.drawings import draw_sample_set
@@ -46,7 +46,10 @@ def get_args_parser() -> ArgumentParser:
     command.add_argument("folder", type=Path, metavar="FOLDER", help="holds photos, in folders of any depth")
     command.add_argument("--output-dir", type=Path, required=True, help="new folder for the faces")
     command.add_argument(
-        "--min-face", type=number(int, 1), metavar="PIXELS", help=f"the smallest face (default: {SMALLEST})"
+        "--min-face",
+        type=number(int, 1),
+        metavar="PIXELS",
+        help=f"the smallest face (default: {SMALLEST}, or a 60th of an image of over {LONGEST})",
     )
 
     command = commands.add_parser("audit", help="look for what is wrong in a folder of images")

@@ -63,23 +63,19 @@ def cut_square(pixels: np.ndarray, center: complex, step: complex, side: int) ->
     """
     start = center - step * side / 2 * (1 + 1j)
     corners = start + step * side * np.array([0, 1, 1j, 1 + 1j])
-    ranges, sizes, margins, scales = [], [], [], []
+    parts, sizes, margins, scales, offsets = [], [], [], [], []  # by x and y
     for places, length in ((corners.real, pixels.shape[1]), (corners.imag, pixels.shape[0])):
         low, high = math.floor(places.min()), math.ceil(places.max()) + 1
         first, last = min(max(low, 0), length - 1), min(max(high, 1), length)
-        size = max(1, math.ceil((last - first) / max(1, abs(step))))
-        scale = size / (last - first)
-        ranges.append(slice(first, last))
-        sizes.append(size)
-        scales.append(scale)
-        margins.append((max(0, math.ceil((first - low) * scale)), max(0, math.ceil((high - last) * scale))))
-    region = Image.fromarray(pixels[ranges[1], ranges[0]])
+        sizes.append(max(1, math.ceil((last - first) / max(1, abs(step)))))
+        scales.append(sizes[-1] / (last - first))
+        margins.append([max(0, math.ceil(scales[-1] * outside)) for outside in (first - low, high - last)])
+        offsets.append(margins[-1][0] - scales[-1] * first)
+        parts.append(slice(first, last))
+    region = Image.fromarray(pixels[parts[1], parts[0]])
     if abs(step) > 1:  # the transform takes single pixels; those that it would skip are averaged first
-        region = region.resize(tuple(sizes), Image.Resampling.BILINEAR, reducing_gap=2.0)
+        region = region.resize(sizes, Image.Resampling.BILINEAR, reducing_gap=2.0)
     region = Image.fromarray(np.pad(region, (margins[1], margins[0], (0, 0)), mode="edge"))
-    (x, y), (left, top) = (
-        scales,
-        (margins[0][0] - scales[0] * ranges[0].start, margins[1][0] - scales[1] * ranges[1].start),
-    )
+    (x, y), (left, top) = scales, offsets
     matrix = (x * step.real, -x * step.imag, x * start.real + left, y * step.imag, y * step.real, y * start.imag + top)
     return np.asarray(region.transform((side, side), Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR))

@@ -30,7 +30,7 @@ CROP_SIZE = 100  # pixels; an image of no longer side is taken for the crop of a
 LONGEST = 960  # pixels; larger images are searched on a copy of this longer side
 OVERVIEW = 240  # pixels; the longer side of the copy on which faces that fill the image are found
 SMALLEST = 16  # pixels of a face's box, in the copy that is searched
-COPY = 112  # pixels; of the copies of a face that tell its tilt
+COPY = 112  # pixels; of the copies of a face that show its tilt
 MIN_SCORE, MAX_OVERLAP = 0.7, 0.3
 STRIDES = (8, 16, 32)
 
@@ -64,16 +64,14 @@ class YuNet(nn.Module):
         self.heads = nn.ModuleList(nn.Sequential(*_separable(64, 16)) for _ in STRIDES)
 
     def forward(self, images: torch.Tensor) -> list[torch.Tensor]:
-        maps, coarser = [images], None
+        maps = []
         for stage in self.features:
-            maps.append(stage(maps[-1]))
-        outputs = []
-        for features, lateral, head in reversed(list(zip(maps[1:], self.lateral, self.heads, strict=True))):
-            if coarser is not None:
-                features = features + F.interpolate(coarser, scale_factor=2.0)
-            coarser = lateral(features)
-            outputs.insert(0, head(coarser))
-        return outputs
+            images = stage(images)
+            maps.append(images)
+        maps[2] = self.lateral[2](maps[2])
+        for level in (1, 0):
+            maps[level] = self.lateral[level](maps[level] + F.interpolate(maps[level + 1], scale_factor=2.0))
+        return [head(features) for head, features in zip(self.heads, maps, strict=True)]
 
 
 @cache
@@ -97,10 +95,9 @@ def detect(images: np.ndarray, min_score: float = MIN_SCORE) -> list[np.ndarray]
     of five landmarks, score. Of overlapping boxes only the best is kept."""
     inputs = torch.tensor(images).permute(0, 3, 1, 2).float()
     inputs = F.pad(inputs, (0, -inputs.shape[3] % 32, 0, -inputs.shape[2] % 32))
+    outputs = load_detector()(inputs.contiguous(memory_format=torch.channels_last))
     rows, owners = [], []
-    for maps, stride in zip(
-        load_detector()(inputs.contiguous(memory_format=torch.channels_last)), STRIDES, strict=True
-    ):
+    for maps, stride in zip(outputs, STRIDES, strict=True):
         maps = maps.permute(0, 2, 3, 1)
         scores = (maps[..., 0].sigmoid() * maps[..., 1].sigmoid()).sqrt()
         n, y, x = torch.where(scores >= min_score)

@@ -99,7 +99,7 @@ def without_opencv(request, monkeypatch):
     load_opencv.cache_clear()
 
 
-def test_a_camera_without_opencv_tells_what_to_install(without_opencv, checkpoint, tmp_path):
+def test_a_camera_without_opencv_names_what_to_install(without_opencv, checkpoint, tmp_path):
     words = ["--headless", tmp_path / "out.mp4", "--checkpoint", checkpoint]
     assert_refused(emotion_cam.main, words, "need OpenCV: pip install opencv-python")
 
