@@ -3,15 +3,15 @@
     from prepare.drawings import draw_sample_set
     draw_sample_set("sample")          # writes sample/train/<class>/*.png and sample/test/<class>/*.png
 
-A face is drawn from two independent descriptions: an `Expression`, which the class decides (brows, lids, nose, mouth),
-and a `Look`, which is independent of the class (head, pose, hair, glasses, light, noise). The tables after each hold
-the ranges that they are drawn from.
+A face is drawn from two independent descriptions: an expression, which the class decides (brows, lids, nose, mouth;
+RELAXED names its fields), and a look, which is independent of the class (head, pose, hair, glasses, light, noise;
+LOOKS names its fields).
 
 Face coordinates: the origin is the middle of the head, x to the right, y down, and 1 is half the width of the head.
 """
 
-from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
@@ -20,82 +20,38 @@ from data import SAMPLE_PREFIX
 
 IMAGE_SIZE = 48  # pixels, the size of FER2013's images
 SUPERSAMPLE = 4  # drawn four times as large, then reduced: ImageDraw doesn't smooth edges
+CANVAS_SIZE = IMAGE_SIZE * SUPERSAMPLE
 
 EYE_X, EYE_Y, EYE_HALF_WIDTH = 0.43, -0.12, 0.27  # where the features sit on the face
 BROW_Y, NOSE_Y, MOUTH_Y = -0.44, 0.24, 0.64
 
 _U = np.linspace(-1, 1, 33)  # the parameter of every curve, left to right
 
-
-@dataclass
-class Expression:
-    """What the muscles of the face do. The defaults are a relaxed face; lengths are in face coordinates."""
-
-    brow_inner: float = 0.0  # how far the inner ends are raised (negative: lowered)
-    brow_outer: float = 0.0  # the same for the outer ends
-    brow_arch: float = 0.05  # how far the middle rises above the line between the ends
-    brow_gap: float = 0.20  # from the middle of the face to the inner ends; small: drawn together
-    eye_open: float = 1.0  # height of the upper lid, 1 is relaxed
-    lid_slope: float = 0.0  # positive: the lid falls to the outside (tired), negative: to the inside (glare)
-    lower_lid: float = 0.0  # 0 relaxed, 1 flat, above 1 pushed up into a crescent, below 0 pulled down
-    iris: float = 0.135  # radius
-    nose_wrinkle: float = 0.0  # 0 smooth, 1 wrinkled, nostrils pulled up
-    furrow: float = 0.0  # upright folds between the brows, 0 to 1
-    cheek_fold: float = 0.0  # folds from the nose around the mouth, 0 to 1
-    mouth_width: float = 0.36  # half of it
-    mouth_curve: float = 0.0  # how far the corners rise above the middle (negative: hang below)
-    mouth_open: float = 0.0  # height of the opening; 0 is a closed line
-    mouth_square: float = 0.0  # 0 a round opening, 1 a square one
-    upper_share: float = 0.5  # how much of the opening lies above the line between the corners
-    mouth_wave: float = 0.0  # a trembling line
-    sneer: float = 0.0  # the upper lip raised on one side
-    teeth: float = 0.0  # share of the opening that shows teeth, from the top; 1 is two clenched rows
-    tongue: float = 0.0  # how far the tongue hangs out
-    tear: float = 0.0  # size of a tear under one eye
-
-
-@dataclass
-class Look:
-    """Everything in an image that is independent of the expression. Shades are 0 (black) to 255 (white); shifts,
-    size, widths and blur are in pixels of the finished image, angles in degrees, the rest in face coordinates."""
-
-    shift_x: float  # of the head from the middle of the frame
-    shift_y: float
-    size: float  # half the width of the head
-    roll: float
-    yaw: float
-    pitch: float
-    head_height: float  # half of it
-    jaw: float  # how much narrower the head is at the chin
-    ear_size: float  # hidden if negative
-    nose_style: str
-    hair_style: str
-    hair_line: float  # how far the hair reaches down, as a share of head_height
-    beard_style: str
-    glasses: str
-    gaze: float
-    brow_width: float
-    line_width: float
-    skin: float
-    ink: float  # brows, lids, lips, folds
-    hair: float
-    shirt: float
-    background: float
-    background_style: str
-    pattern: float  # the second shade of the background
-    light_x: float  # how much brighter the right edge is than the middle, and the lower edge
-    light_y: float
-    contrast: float
-    brightness: float
-    blur: float  # radius
-    noise: float  # standard deviation in shades
-
-
 Ranges = dict[str, tuple]  # field: (low, high), or the strings to choose from
 
 # fmt: off
-# Brows, lids and nose of each emotion, then its mouths, which are equally likely. A field that isn't named keeps its
-# default. Drawn after the action units of Ekman and Friesen, Facial Action Coding System (1978).
+# What the muscles of a relaxed face do; lengths are in face coordinates.
+RELAXED: dict[str, float] = dict(
+    brow_inner=0.0, brow_outer=0.0,  # how far the ends of the brows are raised (negative: lowered)
+    brow_arch=0.05,  # how far the middle rises above the line between the ends
+    brow_gap=0.2,  # from the middle of the face to the inner ends; small: drawn together
+    eye_open=1.0,  # height of the upper lid, 1 is relaxed
+    lid_slope=0.0,  # positive: the lid falls to the outside (tired), negative: to the inside (glare)
+    lower_lid=0.0,  # 0 relaxed, 1 flat, above 1 pushed up into a crescent, below 0 pulled down
+    iris=0.135,  # radius
+    nose_wrinkle=0.0,  # 0 smooth, 1 wrinkled, nostrils pulled up
+    furrow=0.0, cheek_fold=0.0,  # upright folds between the brows, folds from the nose around the mouth: 0 to 1
+    mouth_width=0.36,  # half of it
+    mouth_curve=0.0,  # how far the corners rise above the middle (negative: hang below)
+    mouth_open=0.0, mouth_square=0.0,  # height of the opening, 0 is a closed line; 0 a round opening, 1 a square one
+    upper_share=0.5,  # how much of the opening lies above the line between the corners
+    mouth_wave=0.0,  # a trembling line
+    sneer=0.0,  # the upper lip raised on one side
+    teeth=0.0,  # share of the opening that shows teeth, from the top; 1 is two clenched rows
+    tongue=0.0, tear=0.0,  # how far the tongue hangs out; size of a tear under one eye
+)
+# Brows, lids and nose of each emotion, then its mouths, which are equally likely. A field that isn't named is
+# relaxed. Drawn after the action units of Ekman and Friesen, Facial Action Coding System (1978).
 UPPER_FACES: dict[str, Ranges] = {
     "angry": dict(brow_inner=(-0.26, -0.12), brow_outer=(0.02, 0.16), brow_arch=(-0.02, 0.02), brow_gap=(0.08, 0.14),
                   eye_open=(0.7, 0.95), lid_slope=(-0.5, -0.2), lower_lid=(0.3, 0.8), furrow=(0, 1)),
@@ -113,55 +69,50 @@ UPPER_FACES: dict[str, Ranges] = {
                      eye_open=(1.3, 1.7), lower_lid=(-0.5, 0), iris=(0.1, 0.125)),
 }
 MOUTHS: dict[str, list[Ranges]] = {
-    "angry": [  # lips pressed together, or teeth bared
-        dict(mouth_width=(0.26, 0.38), mouth_curve=(-0.16, -0.04)),
-        dict(mouth_width=(0.34, 0.46), mouth_curve=(-0.12, -0.02), mouth_open=(0.2, 0.34), mouth_square=(0.7, 1),
-             teeth=(1, 1)),
-    ],
-    "disgust": [  # upper lip raised on one side, or tongue out
-        dict(mouth_width=(0.32, 0.42), mouth_curve=(-0.18, -0.06), mouth_open=(0.06, 0.16), upper_share=(0.7, 0.9),
-             sneer=(0.12, 0.24), mouth_wave=(0.02, 0.04), teeth=(0.3, 0.6)),
-        dict(mouth_width=(0.32, 0.42), mouth_curve=(-0.2, -0.08), mouth_open=(0.14, 0.26), upper_share=(0.6, 0.8),
-             sneer=(0.02, 0.12), mouth_wave=(0.01, 0.03), tongue=(0.18, 0.3)),
-    ],
-    "fear": [  # stretched open, or chattering teeth
-        dict(mouth_width=(0.36, 0.48), mouth_curve=(-0.14, -0.02), mouth_open=(0.18, 0.32), mouth_square=(0.3, 0.9),
-             mouth_wave=(0.02, 0.05), teeth=(0.2, 0.5)),
-        dict(mouth_width=(0.38, 0.5), mouth_curve=(-0.12, 0), mouth_open=(0.14, 0.24), mouth_square=(0.7, 1),
-             mouth_wave=(0.03, 0.06), teeth=(1, 1)),
-    ],
-    "happy": [  # a closed smile, or an open one
-        dict(mouth_width=(0.36, 0.54), mouth_curve=(0.14, 0.34)),
-        dict(mouth_width=(0.38, 0.54), mouth_curve=(0.14, 0.3), mouth_open=(0.14, 0.36), upper_share=(0, 0.1),
-             teeth=(0.3, 0.7)),
-    ],
+    "angry": [dict(mouth_width=(0.26, 0.38), mouth_curve=(-0.16, -0.04)),  # lips pressed together
+              dict(mouth_width=(0.34, 0.46), mouth_curve=(-0.12, -0.02), mouth_open=(0.2, 0.34),  # teeth bared
+                   mouth_square=(0.7, 1), teeth=(1, 1))],
+    "disgust": [dict(mouth_width=(0.32, 0.42), mouth_curve=(-0.18, -0.06), mouth_open=(0.06, 0.16),  # lip raised
+                     upper_share=(0.7, 0.9), sneer=(0.12, 0.24), mouth_wave=(0.02, 0.04), teeth=(0.3, 0.6)),
+                dict(mouth_width=(0.32, 0.42), mouth_curve=(-0.2, -0.08), mouth_open=(0.14, 0.26),  # tongue out
+                     upper_share=(0.6, 0.8), sneer=(0.02, 0.12), mouth_wave=(0.01, 0.03), tongue=(0.18, 0.3))],
+    "fear": [dict(mouth_width=(0.36, 0.48), mouth_curve=(-0.14, -0.02), mouth_open=(0.18, 0.32),  # stretched open
+                  mouth_square=(0.3, 0.9), mouth_wave=(0.02, 0.05), teeth=(0.2, 0.5)),
+             dict(mouth_width=(0.38, 0.5), mouth_curve=(-0.12, 0), mouth_open=(0.14, 0.24),  # chattering teeth
+                  mouth_square=(0.7, 1), mouth_wave=(0.03, 0.06), teeth=(1, 1))],
+    "happy": [dict(mouth_width=(0.36, 0.54), mouth_curve=(0.14, 0.34)),  # a closed smile
+              dict(mouth_width=(0.38, 0.54), mouth_curve=(0.14, 0.3), mouth_open=(0.14, 0.36),  # an open one
+                   upper_share=(0, 0.1), teeth=(0.3, 0.7))],
     "neutral": [dict(mouth_width=(0.26, 0.42), mouth_curve=(-0.03, 0.05))],
-    "sad": [  # with a tear, or without
-        dict(mouth_width=(0.26, 0.38), mouth_curve=(-0.32, -0.12), mouth_wave=(0, 0.02), tear=(0.7, 1.1)),
-        dict(mouth_width=(0.26, 0.38), mouth_curve=(-0.32, -0.12), mouth_wave=(0, 0.02)),
-    ],
+    "sad": [dict(mouth_width=(0.26, 0.38), mouth_curve=(-0.32, -0.12), mouth_wave=(0, 0.02), tear=(0.7, 1.1)),
+            dict(mouth_width=(0.26, 0.38), mouth_curve=(-0.32, -0.12), mouth_wave=(0, 0.02))],
     "surprise": [dict(mouth_width=(0.16, 0.28), mouth_open=(0.26, 0.56))],
 }
-EMOTIONS = tuple(UPPER_FACES)
-
+# Everything that is independent of the expression. Shades are 0 (black) to 255 (white); shifts, size, widths and blur
+# are in pixels of the finished image, angles in degrees, the rest in face coordinates.
 LOOKS: Ranges = dict(
-    shift_x=(-2.5, 2.5), shift_y=(-2, 2), size=(16, 20.5), roll=(-13, 13), yaw=(-18, 18), pitch=(-9, 9),
-    head_height=(1.08, 1.32), jaw=(0, 0.3), ear_size=(-0.2, 0.26), nose_style=("side", "base", "triangle"),
-    hair_style=("bald", "short", "parted", "long", "curly", "hat"), hair_line=(0.64, 0.8),
+    shift_x=(-2.5, 2.5), shift_y=(-2, 2),  # of the head from the middle of the frame
+    size=(16, 20.5),  # half the width of the head
+    roll=(-13, 13), yaw=(-18, 18), pitch=(-9, 9),
+    head_height=(1.08, 1.32), jaw=(0, 0.3),  # half the height; how much narrower the head is at the chin
+    ear_size=(-0.2, 0.26),  # hidden if negative
+    nose_style=("side", "base", "triangle"), hair_style=("bald", "short", "parted", "long", "curly", "hat"),
+    hair_line=(0.64, 0.8),  # how far up the hair begins, as a share of head_height
     beard_style=("none", "none", "none", "none", "beard", "moustache"), glasses=("no", "no", "no", "no", "yes"),
     gaze=(-0.05, 0.05), brow_width=(1.3, 2.6), line_width=(0.8, 1.5), hair=(0, 255), shirt=(0, 255),
-    background=(0, 255), background_style=("plain", "stripes", "blobs"), pattern=(0, 255),
-    light_x=(-0.3, 0.3), light_y=(-0.3, 0.3), contrast=(0.65, 1.1), brightness=(-25, 25), blur=(0, 0.55), noise=(2, 8),
+    background=(0, 255), background_style=("plain", "stripes", "blobs"), pattern=(0, 255),  # pattern: its second shade
+    light_x=(-0.3, 0.3), light_y=(-0.3, 0.3),  # how much brighter the right and lower edges are than the middle
+    contrast=(0.65, 1.1), brightness=(-25, 25), blur=(0, 0.55), noise=(2, 8),  # radius; standard deviation in shades
+    skin=(115, 235), ink=(0, 40),  # pen on paper; the ink draws brows, lids, lips and folds
 )
 # fmt: on
-PEN_ON_PAPER: Ranges = dict(skin=(115, 235), ink=(0, 40))
 CHALK_ON_SLATE: Ranges = dict(skin=(35, 95), ink=(180, 235))
 CHALK_SHARE = 0.2  # of the images; with both, no brightness at a fixed place tells an emotion
 
 
 def _draw_from(ranges: Ranges, rng: np.random.Generator) -> dict[str, float | str]:
     return {
-        field: str(rng.choice(values)) if isinstance(values[0], str) else float(rng.uniform(*values))
+        field: rng.choice(values) if isinstance(values[0], str) else rng.uniform(*values)
         for field, values in ranges.items()
     }
 
@@ -169,7 +120,7 @@ def _draw_from(ranges: Ranges, rng: np.random.Generator) -> dict[str, float | st
 class _Pen:
     """Draws curves given in face coordinates onto an image, in the pose of a look."""
 
-    def __init__(self, image: Image.Image, look: Look):
+    def __init__(self, image: Image.Image, look: SimpleNamespace):
         self.draw = ImageDraw.Draw(image)
         self.look = look
 
@@ -177,7 +128,7 @@ class _Pen:
         """Features lie on an ellipsoid and turn with the head; `flat` points (outline, hair, ears) only roll."""
         look = self.look
         roll, yaw, pitch = np.radians([look.roll, look.yaw, look.pitch])
-        x, y = np.broadcast_arrays(np.asarray(x, float), np.asarray(y, float))
+        x, y = np.asarray(x, float), np.asarray(y, float)
         if not flat:
             z = np.sqrt(np.clip(1 - x**2 - (y / look.head_height) ** 2, 0.05, 1))
             x, z = x * np.cos(yaw) + z * np.sin(yaw), z * np.cos(yaw) - x * np.sin(yaw)
@@ -187,20 +138,26 @@ class _Pen:
         y = (IMAGE_SIZE / 2 + look.shift_y + look.size * y) * SUPERSAMPLE
         return list(zip(x.tolist(), y.tolist(), strict=True))
 
-    def fill(self, x, y, shade: float, flat: bool = False) -> None:
-        self.draw.polygon(self.to_pixels(x, y, flat), fill=round(shade))
-
     def line(self, x, y, shade: float, width: float, flat: bool = False) -> None:
         """A line with round ends; width in pixels of the finished image."""
         pixels = self.to_pixels(x, y, flat)
         width = round(width * SUPERSAMPLE)
         self.draw.line(pixels, fill=round(shade), width=width, joint="curve")
-        for px, py in (pixels[0], pixels[-1]):
-            self.draw.ellipse((px - width / 2, py - width / 2, px + width / 2, py + width / 2), fill=round(shade))
+        for end in (pixels[0], pixels[-1]):
+            self.draw.circle(end, width / 2, fill=round(shade))
 
     def faint_line(self, x, y, strength: float) -> None:
         """A thin line between skin (strength 0) and ink (1), for folds, noses and frames."""
         self.line(x, y, _mix(self.look.skin, self.look.ink, strength), 0.85)
+
+    def fill(self, x, y, shade: float, outline: float = 0, flat: bool = False) -> None:
+        """A filled shape; `outline` is the width of the line around it, in ink."""
+        self.draw.polygon(self.to_pixels(x, y, flat), fill=round(shade))
+        if outline:
+            self.line(x, y, self.look.ink, outline, flat)
+
+    def fill_between(self, x, top, bottom, shade: float) -> None:
+        self.fill(np.append(x, x[::-1]), np.append(top, bottom[::-1]), shade)
 
 
 def _mix(first, second, share):
@@ -212,53 +169,40 @@ def _ellipse(x: float, y: float, radius_x: float, radius_y: float) -> tuple[np.n
     return x + radius_x * np.cos(angle), y + radius_y * np.sin(angle)
 
 
-def _between(x: np.ndarray, top: np.ndarray, bottom: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The outline of what lies between two curves over the same x."""
-    return np.append(x, x[::-1]), np.append(top, bottom[::-1])
-
-
-def _draw_background(draw: ImageDraw.ImageDraw, look: Look, rng: np.random.Generator) -> None:
-    side = IMAGE_SIZE * SUPERSAMPLE
-    draw.rectangle((0, 0, side, side), fill=round(look.background))
+def _draw_background(draw: ImageDraw.ImageDraw, look: SimpleNamespace, rng: np.random.Generator) -> None:
     if look.background_style == "stripes":
         step = int(rng.integers(24, 48))
-        for x in range(0, side, 2 * step):
-            draw.rectangle((x, 0, x + step, side), fill=round(look.pattern))
+        for x in range(0, CANVAS_SIZE, 2 * step):
+            draw.rectangle((x, 0, x + step, CANVAS_SIZE), fill=round(look.pattern))
     elif look.background_style == "blobs":
-        for x, y, radius in rng.uniform((0, 0, 8), (side, side, 32), size=(6, 3)):
-            draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=round(look.pattern))
+        for x, y, radius in rng.uniform((0, 0, 8), (CANVAS_SIZE, CANVAS_SIZE, 32), size=(6, 3)):
+            draw.circle((x, y), radius, fill=round(look.pattern))
 
 
-def _draw_head(pen: _Pen, look: Look) -> None:
+def _draw_head(pen: _Pen, look: SimpleNamespace) -> None:
     """Body, ears, skin, beard and hair: everything under the features."""
-    height = look.head_height
     angle = np.linspace(0, 2 * np.pi, 65)  # from the top clockwise
     y = -np.cos(angle)
-    x, y = np.sin(angle) * (1 - look.jaw * np.clip(y, 0, None) ** 2), y * height
+    x, y = np.sin(angle) * (1 - look.jaw * np.clip(y, 0, None) ** 2), y * look.head_height
     pen.fill([-0.35, 0.35, 0.4, -0.4], [0.7, 0.7, 1.6, 1.6], _mix(look.skin, look.ink, 0.2), flat=True)
     pen.fill([-1.6, -0.5, 0.5, 1.6, 1.8, -1.8], [1.75, 1.4, 1.4, 1.75, 3, 3], look.shirt, flat=True)
     if look.hair_style == "long":
         pen.fill(1.2 * x, 1.2 * y, look.hair, flat=True)
-        pen.fill([-1.2, 1.2, 1.1, -1.1], [0, 0, height * 1.2, height * 1.2], look.hair, flat=True)
+        pen.fill([-1.2, 1.2, 1.1, -1.1], [0, 0, 1.2 * look.head_height, 1.2 * look.head_height], look.hair, flat=True)
     if look.hair_style == "curly":
         for i in range(-20, 21, 4):
             pen.fill(*_ellipse(x[i], y[i], 0.28, 0.28), look.hair, flat=True)
-    for side in (-1, 1):
-        if look.ear_size > 0:
-            ear = _ellipse(side, 0.02, look.ear_size, look.ear_size * 1.5)
-            pen.fill(*ear, look.skin, flat=True)
-            pen.line(*ear, look.ink, look.line_width, flat=True)
+    if look.ear_size > 0:
+        for side in (-1, 1):
+            pen.fill(*_ellipse(side, 0.02, look.ear_size, 1.5 * look.ear_size), look.skin, look.line_width, flat=True)
     pen.fill(x, y, look.skin, flat=True)
     if look.beard_style == "beard":  # less dark than the ink, so that the mouth stays visible
         beard = np.append(x[20:45], _U * 0.85), np.append(y[20:45], 0.5 - 0.4 * _U**2)
         pen.fill(*beard, _mix(look.skin, look.ink, 0.4), flat=True)
     pen.line(x, y, _mix(look.skin, look.ink, 0.8), look.line_width, flat=True)
-    if look.hair_style != "bald":
-        _draw_hair(pen, look, 1.08 * x, 1.08 * y)
-
-
-def _draw_hair(pen: _Pen, look: Look, skull_x: np.ndarray, skull_y: np.ndarray) -> None:
-    """Hair or a hat: from the outline of the skull down to the hair line, which turns with the head."""
+    if look.hair_style == "bald":
+        return
+    # Hair or a hat: from a little above the head down to the hair line, which turns with the head.
     line_y = -look.head_height * look.hair_line + 0.45 * np.abs(_U) ** 3
     if look.hair_style == "parted":
         line_y = line_y - 0.22 * np.exp(-(((_U - 0.35) / 0.25) ** 2)) + 0.05
@@ -266,23 +210,21 @@ def _draw_hair(pen: _Pen, look: Look, skull_x: np.ndarray, skull_y: np.ndarray) 
         line_y = np.full_like(_U, -look.head_height * look.hair_line)
         pen.line([-1.3, 1.3], [line_y[0], line_y[0]], look.hair, 3, flat=True)
     top = np.r_[48:64, 0:17]  # left temple, over the top, to the right temple
-    top = top[skull_y[top] < line_y[0]]
+    top = top[1.08 * y[top] < line_y[0]]
     hair_line = pen.to_pixels(0.97 * _U[::-1], line_y[::-1])
-    pen.draw.polygon(pen.to_pixels(skull_x[top], skull_y[top], flat=True) + hair_line, fill=round(look.hair))
+    pen.draw.polygon(pen.to_pixels(1.08 * x[top], 1.08 * y[top], flat=True) + hair_line, fill=round(look.hair))
 
 
-def _draw_eyes(pen: _Pen, look: Look, expression: Expression, tear_side: int) -> None:
+def _draw_eyes(pen: _Pen, look: SimpleNamespace, expression: SimpleNamespace, tear_side: int) -> None:
     """Eyes, brows, glasses and a tear; `tear_side` is -1 or 1."""
-    white = _mix(max(look.skin, 120), 255, 0.75)
     bump = _mix(1 - _U**2, np.sqrt(1 - _U**2), np.clip(expression.eye_open - 0.7, 0, 1))  # almond to round
     t = (_U + 1) / 2  # along the brow, inner end to outer end
     rise = _mix(expression.brow_inner, expression.brow_outer, t) + expression.brow_arch * 4 * t * (1 - t)
     for side in (-1, 1):
         x = side * EYE_X + EYE_HALF_WIDTH * _U
         bottom = EYE_Y + 0.15 * bump * (1 - expression.lower_lid)
-        top = EYE_Y - 0.18 * bump * expression.eye_open * (1 - expression.lid_slope * side * _U)
-        top = np.minimum(top, bottom)
-        pen.fill(*_between(x, top, bottom), white)
+        top = np.minimum(bottom, EYE_Y - 0.18 * bump * expression.eye_open * (1 - expression.lid_slope * side * _U))
+        pen.fill_between(x, top, bottom, _mix(max(look.skin, 120), 255, 0.75))
         iris_x, iris_y = _ellipse(side * EYE_X + look.gaze, EYE_Y - 0.02, expression.iris, expression.iris)
         pen.fill(iris_x, np.clip(iris_y, np.interp(iris_x, x, top), np.interp(iris_x, x, bottom)), 15)
         pen.line(x, bottom, look.ink, 0.6 * look.line_width)
@@ -293,11 +235,10 @@ def _draw_eyes(pen: _Pen, look: Look, expression: Expression, tear_side: int) ->
             pen.faint_line([0, side * 0.06], [EYE_Y, EYE_Y], 0.6)
     if expression.tear:
         drop = _ellipse(tear_side * (EYE_X + 0.08), EYE_Y + 0.36, 0.07 * expression.tear, 0.2 * expression.tear)
-        pen.fill(*drop, 250)
-        pen.line(*drop, look.ink, 0.5)
+        pen.fill(*drop, 250, outline=0.5)
 
 
-def _draw_nose(pen: _Pen, look: Look, expression: Expression) -> None:
+def _draw_nose(pen: _Pen, look: SimpleNamespace, expression: SimpleNamespace) -> None:
     """The nose and the folds around it."""
     bottom = NOSE_Y - 0.08 * expression.nose_wrinkle
     if look.nose_style == "side":
@@ -319,7 +260,7 @@ def _draw_nose(pen: _Pen, look: Look, expression: Expression) -> None:
             pen.line([side * 0.04, side * 0.2, side * 0.4], [0.38, 0.38, 0.46], _mix(look.skin, look.ink, 0.5), 2.5)
 
 
-def _draw_mouth(pen: _Pen, look: Look, expression: Expression, side: int) -> None:
+def _draw_mouth(pen: _Pen, look: SimpleNamespace, expression: SimpleNamespace, side: int) -> None:
     """The mouth between an upper and a lower lip line; `side` (-1 or 1) is where the sneer goes."""
     x = expression.mouth_width * _U
     line = MOUTH_Y - expression.mouth_curve * (_U**2 - 0.5) + expression.mouth_wave * np.sin(3.5 * np.pi * _U)
@@ -328,9 +269,9 @@ def _draw_mouth(pen: _Pen, look: Look, expression: Expression, side: int) -> Non
     top = line - expression.upper_share * opening - sneer
     bottom = line + (1 - expression.upper_share) * opening
     if expression.mouth_open:
-        pen.fill(*_between(x, top, bottom), 10)
+        pen.fill_between(x, top, bottom, 10)
         if expression.teeth:
-            pen.fill(*_between(x, top, _mix(top, bottom, expression.teeth)), 250)
+            pen.fill_between(x, top, _mix(top, bottom, expression.teeth), 250)
         if expression.teeth >= 1:
             pen.line(x, (top + bottom) / 2, 10, 0.7)
             for i in range(4, 32, 4):
@@ -339,40 +280,30 @@ def _draw_mouth(pen: _Pen, look: Look, expression: Expression, side: int) -> Non
     pen.line(x, top, look.ink, 1.3 * look.line_width)
     if expression.tongue:
         tongue = _ellipse(0, MOUTH_Y + 0.06 + expression.tongue / 2, 0.17, 0.06 + expression.tongue / 2)
-        pen.fill(*tongue, _mix(look.skin, 255, 0.35))
-        pen.line(*tongue, look.ink, 0.8)
+        pen.fill(*tongue, _mix(look.skin, 255, 0.35), outline=0.8)
 
 
-def _photograph(image: Image.Image, look: Look, rng: np.random.Generator) -> Image.Image:
-    """Reduce the drawing to its final size; blur, light from one side, contrast, noise."""
+def draw_face(emotion: str, rng: np.random.Generator) -> Image.Image:
+    """Draw one face at random: a PIL image, mode L, 48x48. The same state of `rng` gives the same pixels."""
+    mouth = MOUTHS[emotion][rng.integers(len(MOUTHS[emotion]))]
+    expression = SimpleNamespace(**RELAXED | _draw_from(UPPER_FACES[emotion] | mouth, rng))
+    ranges = LOOKS | CHALK_ON_SLATE if rng.random() < CHALK_SHARE else LOOKS
+    look = SimpleNamespace(**_draw_from(ranges, rng))  # isn't told the emotion, so only the expression gives it away
+    side = int(rng.choice([-1, 1]))  # for what is drawn on one side only
+    image = Image.new("L", (CANVAS_SIZE, CANVAS_SIZE), round(look.background))
+    pen = _Pen(image, look)
+    _draw_background(pen.draw, look, rng)
+    _draw_head(pen, look)
+    _draw_nose(pen, look, expression)
+    _draw_mouth(pen, look, expression, side)
+    _draw_eyes(pen, look, expression, side)
+    # Photograph the drawing: blur, reduce it to its final size, then light from one side, contrast and noise.
     image = image.filter(ImageFilter.GaussianBlur(look.blur * SUPERSAMPLE))
     pixels = np.asarray(image.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BOX), dtype=np.float64)
     ramp = np.linspace(-1, 1, IMAGE_SIZE)
     pixels = pixels * (1 + look.light_x * ramp[None, :] + look.light_y * ramp[:, None])
     pixels = (pixels - 128) * look.contrast + 128 + look.brightness + rng.normal(0, look.noise, pixels.shape)
     return Image.fromarray(np.clip(pixels.round(), 0, 255).astype(np.uint8))
-
-
-def draw_face(emotion: str, rng: np.random.Generator) -> Image.Image:
-    """Draw one face at random: a PIL image, mode L, 48x48.
-
-    The same state of `rng` gives the same pixels. Raises ValueError for an emotion that isn't in EMOTIONS.
-    """
-    if emotion not in EMOTIONS:
-        raise ValueError(f"unknown emotion {emotion!r}; choose from: {', '.join(EMOTIONS)}")
-    mouth = MOUTHS[emotion][rng.integers(len(MOUTHS[emotion]))]
-    expression = Expression(**_draw_from(UPPER_FACES[emotion] | mouth, rng))
-    shades = CHALK_ON_SLATE if rng.random() < CHALK_SHARE else PEN_ON_PAPER
-    look = Look(**_draw_from(LOOKS | shades, rng))  # isn't told the emotion, so only the expression gives it away
-    image = Image.new("L", (IMAGE_SIZE * SUPERSAMPLE, IMAGE_SIZE * SUPERSAMPLE))
-    pen = _Pen(image, look)
-    side = int(rng.choice([-1, 1]))  # for what is drawn on one side only
-    _draw_background(pen.draw, look, rng)
-    _draw_head(pen, look)
-    _draw_nose(pen, look, expression)
-    _draw_mouth(pen, look, expression, side)
-    _draw_eyes(pen, look, expression, side)
-    return _photograph(image, look, rng)
 
 
 def draw_sample_set(
@@ -390,7 +321,7 @@ def draw_sample_set(
         if folder.is_file() or any(path.is_file() for path in folder.rglob("*")):
             raise FileExistsError(f"{folder} already holds files; choose another folder or remove it first")
     for split_index, (split, count) in enumerate(counts.items()):
-        for class_index, emotion in enumerate(EMOTIONS):
+        for class_index, emotion in enumerate(UPPER_FACES):
             folder = Path(output_dir, split, emotion)
             folder.mkdir(parents=True, exist_ok=True)
             for number in range(count):
