@@ -30,10 +30,13 @@ class Strengths:
     window: float = 1.0  # share of the side that the model sees, cut out at random: smaller inputs, faster steps
     brightness: float = 0.0  # factor from 1 - brightness to 1 + brightness
     contrast: float = 0.0  # likewise, about the image's mean
+    gamma: float = 0.0  # exponent from exp(-gamma) to exp(gamma)
+    blur: float = 0.0  # standard deviation up to this many pixels, small ones more often
+    noise: float = 0.0  # standard deviation up to this share of the range from black to white, likewise
     erase: float = 0.0  # probability of erasing a rectangle
 
     def __post_init__(self):
-        limits = {"rotation": (0, 180), "crop": (0.05, 1), "window": (0.5, 1), "scale": (0, 0.9)}
+        limits = {"rotation": (0, 180), "crop": (0.05, 1), "window": (0.5, 1), "scale": (0, 0.9), "blur": (0, 3)}
         for field in fields(self):
             low, high = limits.get(field.name, (0, 1))
             if not low <= getattr(self, field.name) <= high:
@@ -81,8 +84,10 @@ def augment(images: torch.Tensor, spec: InputSpec, strengths: Strengths, generat
     image and erased areas are filled with the mean (0 once normalized). A `window` below 1 returns images of that
     share of H and W, rounded to pixels (Krizhevsky et al. 2012 trained so at 224 of 256).
     """
-    uniform = torch.rand(16, len(images), generator=generator, device=images.device)  # one row for each draw below
+    uniform = torch.rand(18, len(images), generator=generator, device=images.device)  # one row for each draw below
     inputs = images.float() / 255
+    if strengths.gamma:
+        inputs = inputs ** (strengths.gamma * (2 * uniform[15] - 1)).exp().view(-1, 1, 1, 1)
     if strengths.brightness:
         inputs = (inputs * _factor(uniform[0], strengths.brightness)).clamp(0, 1)
     if strengths.contrast:
@@ -94,6 +99,13 @@ def augment(images: torch.Tensor, spec: InputSpec, strengths: Strengths, generat
         height, width = (round(strengths.window * side) for side in inputs.shape[2:])
         grid = F.affine_grid(theta, [len(inputs), 1, height, width], align_corners=False)
         inputs = F.grid_sample(inputs, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+    if strengths.blur:
+        inputs = _blur(inputs, strengths.blur * uniform[16] ** 2)
+    if strengths.noise:
+        shape = (len(inputs), images.shape[1], *inputs.shape[2:])  # a gray image stays gray
+        noise = torch.randn(shape, generator=generator, device=inputs.device)
+        std = torch.tensor(spec.std, device=inputs.device).view(-1, 1, 1)
+        inputs = inputs + noise * (strengths.noise * uniform[17] ** 2).view(-1, 1, 1, 1) / std
     if strengths.erase:
         inputs = inputs * ~_rectangles(uniform[10:15], strengths.erase, inputs.shape[-1])
     return inputs
@@ -123,6 +135,18 @@ def affine_matrices(uniform: torch.Tensor, strengths: Strengths) -> torch.Tensor
     cos, sin = angle.cos(), angle.sin()
     rows = torch.stack([cos * scale_x, -sin * scale_y, shift_x, sin * scale_x, cos * scale_y, shift_y])
     return rows.t().reshape(-1, 2, 3)
+
+
+def _blur(inputs: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+    """Blurs each image of float32 (N, C, H, W) by a Gaussian of its own `sigma` (N,) in pixels, cut off after three."""
+    batch, channels, height, width = inputs.shape
+    offsets = torch.arange(-3, 4, device=inputs.device)
+    kernels = torch.exp(-((offsets / sigma.clamp(min=0.1)[:, None]) ** 2) / 2)
+    kernels = (kernels / kernels.sum(1, keepdim=True)).repeat_interleave(channels, 0)
+    planes = F.pad(inputs, (3, 3, 3, 3), mode="replicate").reshape(1, batch * channels, height + 6, width + 6)
+    for shape in ((-1, 1, 7, 1), (-1, 1, 1, 7)):
+        planes = F.conv2d(planes, kernels.view(shape), groups=batch * channels)
+    return planes.view(batch, channels, height, width)
 
 
 def _rectangles(uniform: torch.Tensor, probability: float, side: int) -> torch.Tensor:

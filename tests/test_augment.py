@@ -5,13 +5,27 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import refusal
+from pytest import approx
 from torch.nn import functional as F
 
 from engine.augment import PRESETS, Strengths, affine_matrices, augment, parse_augment
 from models import InputSpec
 from preprocessing import to_input
 
-KNOWN = ("flip", "rotation", "translate", "scale", "crop", "window", "brightness", "contrast", "erase")
+KNOWN = (
+    "flip",
+    "rotation",
+    "translate",
+    "scale",
+    "crop",
+    "window",
+    "brightness",
+    "contrast",
+    "gamma",
+    "blur",
+    "noise",
+    "erase",
+)
 GRAY = InputSpec(image_size=24)
 COLOR = InputSpec(24, 3, (0.4, 0.5, 0.6), (0.2, 0.3, 0.4))
 UNIT = InputSpec(24, 1, (0.0,), (1.0,))  # its input is the brightness from 0 to 1
@@ -89,6 +103,44 @@ def test_brightness_and_contrast_are_factors_within_their_range():
     assert out.min() >= 0 and out.max() <= 1
 
 
+def test_gamma_is_an_exponent_within_its_range():
+    images = torch.full((200, 1, 24, 24), 64, dtype=torch.uint8)
+    out = augment(images, UNIT, Strengths(gamma=0.5), seeded())
+    assert (out.amax((1, 2, 3)) == out.amin((1, 2, 3))).all()
+    gamma = out[:, 0, 0, 0].log() / torch.tensor(64 / 255).log()
+    assert (
+        0.606 < gamma.min() < 0.63 and 1.6 < gamma.max() < 1.649 and (gamma < 1).float().mean() == approx(0.5, abs=0.1)
+    )
+    for value in (0, 255):
+        assert (augment(torch.full_like(images, value), UNIT, Strengths(gamma=0.5), seeded()) == value / 255).all()
+
+
+def test_blur_is_gaussian_up_to_its_strength_and_mostly_little():
+    images = torch.zeros(300, 3, 24, 24, dtype=torch.uint8)
+    images[:, 1, 12, 12] = 255
+    out = augment(images, InputSpec(24, 3, (0.0,) * 3, (1.0,) * 3), Strengths(blur=1.0), seeded())
+    assert out[:, 0].abs().max() == out[:, 2].abs().max() == 0  # channels stay apart
+    torch.testing.assert_close(out.sum((1, 2, 3)), torch.ones(300))
+    offsets = torch.arange(24.0) - 12
+    sigma = (out[:, 1].sum(1) * offsets**2).sum(1).sqrt()
+    assert 0.9 < sigma.max() <= 1 and (sigma > 0.7).float().mean() == approx(0.16, abs=0.06)
+    torch.testing.assert_close(out[:, 1], out[:, 1].mT)
+    flat = torch.full((8, 3, 24, 24), 255, dtype=torch.uint8)
+    torch.testing.assert_close(augment(flat, COLOR, Strengths(blur=3.0), seeded()), to_input(flat, COLOR))
+
+
+@pytest.mark.parametrize("spec, channels", [(UNIT, 1), (COLOR, 3), (replace(COLOR, gray=True), 1)])
+def test_noise_is_up_to_its_strength_and_mostly_little(spec, channels):
+    images = torch.full((400, channels, 24, 24), 128, dtype=torch.uint8)
+    out = augment(images, spec, Strengths(noise=0.2), seeded())
+    noise = (out - to_input(images, spec)) * torch.tensor(spec.std).view(-1, 1, 1)  # as a share of black to white
+    sigma = noise.std((1, 2, 3))
+    assert sigma.max() == approx(0.2, abs=0.02) and sigma.min() < 0.001 and sigma.median() == approx(0.05, abs=0.015)
+    assert noise.mean().abs() < 0.001
+    first, last = noise[:, 0], noise[:, -1]
+    assert spec == UNIT or torch.allclose(first, last, atol=1e-6) == (channels == 1)  # a gray image stays gray
+
+
 @pytest.mark.parametrize("text", ["translate=0.3", "rotation=45", "scale=0.5"])
 def test_geometry_brings_in_exactly_the_mean(text):
     images = torch.full((32, 3, 24, 24), 255, dtype=torch.uint8)
@@ -162,7 +214,8 @@ def test_presets_and_names_with_strengths():
     assert parse_augment("flip=0") == Strengths()
     assert parse_augment(" flip , rotation=10,translate=0.1 ") == Strengths(flip=0.5, rotation=10, translate=0.1)
     every = "flip=0.4,rotation=10,translate=0.1,scale=0.1,brightness=0.2,contrast=0.2,crop=0.8,erase=0.25,window=0.9"
-    assert parse_augment(every) == Strengths(0.4, 10, 0.1, 0.1, 0.8, 0.9, 0.2, 0.2, 0.25)
+    every += ",gamma=0.3,blur=0.1,noise=0.04"
+    assert parse_augment(every) == Strengths(0.4, 10, 0.1, 0.1, 0.8, 0.9, 0.2, 0.2, 0.3, 0.1, 0.04, 0.25)
 
 
 def test_mistakes_are_refused_with_what_is_known():
