@@ -96,7 +96,10 @@ class ModelInfo:
 
 @dataclass(frozen=True)
 class Recipe:
-    """Default hyperparameters of an arch; any flag of train_emotion_cnn.py overrides. `lr` is for `batch_size`."""
+    """Default hyperparameters of an arch; any flag of train_emotion_cnn.py overrides. `lr` is for `batch_size`.
+
+    `backbone_lr` is the learning rate of trained layers before the classifier, as a share of `lr`.
+    """
 
     epochs: int
     batch_size: int
@@ -109,6 +112,7 @@ class Recipe:
     label_smoothing: float = 0.0
     mixup: float = 0.0
     ema: float = 0.0
+    backbone_lr: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -329,10 +333,10 @@ class _SEBlock(nn.Module):
     Recipe(
         epochs=70,
         batch_size=128,
-        optimizer="adamw",
-        lr=3e-3,
+        optimizer="muon",
+        lr=0.02,
         weight_decay=0.05,
-        schedule="onecycle",
+        schedule="linear",
         augment="flip,rotation=10,translate=0.05,scale=0.1,window=0.83,brightness=0.2,contrast=0.2,erase=0.25",
         label_smoothing=0.1,
         ema=0.999,
@@ -381,7 +385,8 @@ def _backbone(name: str, head: str, in_features: int, num_classes: int, image_si
     return model
 
 
-_RECIPE = Recipe(epochs=30, batch_size=32, schedule="plateau", augment="flip,rotation=10,brightness=0.2,contrast=0.2")
+_AUGMENT = "flip,rotation=10,brightness=0.2,contrast=0.2"
+_RECIPE = Recipe(epochs=30, batch_size=32, schedule="plateau", lr=3e-4, backbone_lr=0.1, augment=_AUGMENT)
 _IMAGENET_SPEC = InputSpec(224, 3, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
 
 for _name, _head, _in_features in (

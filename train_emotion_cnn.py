@@ -90,9 +90,16 @@ def add_training_flags(parser: ArgumentParser) -> None:
     add("--epochs", type=number(int, 1), help="passes over the training images")
     add("--batch-size", type=number(int, 2), help="images per optimizer step, of all processes")
     add("--augment", help=f"{', '.join(PRESETS)}, or strengths such as {EXAMPLE}")
-    add("--optimizer", choices=OPTIMIZERS, help="sgd has Nesterov momentum 0.9")
-    add("--lr", type=number(float, 1e-9), help="learning rate; of onecycle the peak")
-    add("--weight-decay", type=number(float, 0), help="L2 penalty of adam and sgd; decoupled for adamw")
+    add("--optimizer", choices=OPTIMIZERS, help="muon and sgd have Nesterov momentum 0.9")
+    add("--lr", type=number(float, 1e-9), help="learning rate; of onecycle and linear the peak")
+    add(
+        "--backbone-lr",
+        default=1.0,
+        type=number(float, 0, 1),
+        metavar="SHARE",
+        help="of --lr, for trained layers before the classifier",
+    )
+    add("--weight-decay", type=number(float, 0), help="L2 penalty of adam and sgd; decoupled for adamw and muon")
     add("--schedule", choices=SCHEDULES, help="of the learning rate")
     add("--class-weights", choices=CLASS_WEIGHTS, help="weigh rare classes more in the loss")
     add("--label-smoothing", type=SHARE, help="share of the target spread over all classes")
@@ -121,8 +128,12 @@ def parse_settings(argv: list[str] | None) -> tuple[Settings, dict | None]:
     args = parser.parse_args(argv)
     if args.resume is None:
         arch = get_arch(args.arch)
-        pretrained = arch.is_backbone and args.weights is None
-        parser.set_defaults(**asdict(arch.recipe), image_size=arch.input_spec.image_size, pretrained=pretrained)
+        pretrained = args.pretrained if args.pretrained is not None else arch.is_backbone and args.weights is None
+        from_scratch = arch.is_backbone and not (pretrained or args.weights)
+        recipe = get_arch(DEFAULT_ARCH).recipe if from_scratch else arch.recipe
+        if args.optimizer not in (None, recipe.optimizer):
+            recipe = replace(recipe, optimizer=args.optimizer, lr=OPTIMIZERS[args.optimizer])
+        parser.set_defaults(**asdict(recipe), image_size=arch.input_spec.image_size, pretrained=pretrained)
         settings = Settings(**vars(parser.parse_args(argv)))
         settings.check()
         return settings, None
@@ -251,7 +262,15 @@ def make_model(settings: Settings, splits: Splits, device: torch.device) -> nn.M
 
 
 def make_step(settings: Settings, splits: Splits, model: nn.Module, group: ProcessGroup) -> TrainStep:
-    optimizer = make_optimizer(settings.optimizer, model, lr=settings.lr, weight_decay=settings.weight_decay)
+    precision = pick_precision(settings.precision, device_of(model))
+    optimizer = make_optimizer(
+        settings.optimizer,
+        model,
+        lr=settings.lr,
+        weight_decay=settings.weight_decay,
+        backbone_lr=1.0 if settings.is_from_scratch else settings.backbone_lr,
+        precision=precision,
+    )
     total_steps = settings.epochs * len(batch_bounds(len(splits.train), settings.batch_size))
     strengths = parse_augment(settings.augment)
     class_counts = splits.train.class_counts(len(splits.class_names))
@@ -259,7 +278,7 @@ def make_step(settings: Settings, splits: Splits, model: nn.Module, group: Proce
         model,
         optimizer,
         partial(augment, spec=splits.spec, strengths=strengths),
-        precision=pick_precision(settings.precision, device_of(model)),
+        precision=precision,
         scheduler=make_scheduler(settings.schedule, optimizer, total_steps=total_steps),
         class_weights=make_class_weights(settings.class_weights, class_counts),
         label_smoothing=settings.label_smoothing,

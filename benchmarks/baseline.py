@@ -1,7 +1,7 @@
 """The baseline loop: training as PyTorch's tutorials have it.
 
 ImageFolder, a PIL transform per image, a DataLoader, float32, loss.item() at every step. The network, batch size,
-kinds of augmentation and optimizer are those of our recipe.
+kinds of augmentation and optimizer are those of our recipe; AdamW stands for Muon, which PyTorch has for matrices only.
 """
 
 from pathlib import Path
@@ -14,7 +14,7 @@ from engine.augment import Strengths, parse_augment
 from engine.settings import Settings
 from models import Dropout, InputSpec, create_model, input_spec_for
 
-OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
+OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "muon": torch.optim.AdamW, "sgd": torch.optim.SGD}
 
 
 def make_transform(spec: InputSpec, strengths: Strengths) -> transforms.Compose:

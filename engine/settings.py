@@ -34,6 +34,7 @@ class Settings:
     augment: str
     optimizer: str
     lr: float
+    backbone_lr: float
     weight_decay: float
     schedule: str
     class_weights: str
@@ -53,6 +54,10 @@ class Settings:
     precision: str
     deterministic: bool
     tensorboard: str | None
+
+    @property
+    def is_from_scratch(self) -> bool:
+        return not (self.pretrained or self.weights)
 
     @property
     def eval_batch_size(self) -> int:
@@ -76,7 +81,7 @@ class Settings:
         if self.weights is not None and not os.path.exists(self.weights):
             raise InputError(f"--weights: no file {self.weights!r}")
         self.check_teachers()
-        if arch.is_backbone and self.freeze and not (self.pretrained or self.weights):
+        if arch.is_backbone and self.freeze and self.is_from_scratch:
             raise InputError("--freeze keeps trained weights, and with --no-pretrained there are none; leave one out")
         if strengths.window < 1 and not arch.takes_any_size:
             raise InputError(f"--augment: {arch.name} takes images of one size only; leave window out, or use crop")

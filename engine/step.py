@@ -108,7 +108,8 @@ class TrainStep:
 
     @property
     def lr(self) -> float:
-        return self.optimizer.param_groups[0]["lr"]
+        """The highest of the parameter groups' learning rates: --lr, as the schedule has it."""
+        return max(group["lr"] for group in self.optimizer.param_groups)
 
     def seed(self, seed: int, epoch: int) -> None:
         """Seeds dropout, mixup and the choice of teachers (torch's own generator) and augmentation for an epoch."""

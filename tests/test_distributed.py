@@ -29,6 +29,7 @@ PLAIN = [  # nothing in it is random, and no image depends on another
     *("--weight-decay", "0", "--schedule", "none", "--batch-size", "33", "--epochs", "4"),
 ]
 SUMS = [*PLAIN, "--epochs", "2", "--class-weights", "balanced", "--clip-grad", "0.05", "--grad-accum", "2"]
+MUON = [*PLAIN, "--optimizer", "muon", "--schedule", "linear", "--epochs", "2"]
 # Batch-norm, whose statistics differ by process, in equal shares of batches; weights hardly move
 NORM = [*PLAIN, "--arch", "cnn4_bn", "--lr", "1e-9", "--ema", "0.9", "--batch-size", "32", "--epochs", "2"]
 MISTAKES = {  # of which the last one ends all
@@ -72,6 +73,7 @@ def together(root):
     runs = [
         ({}, ["two", *PLAIN]),
         ({}, ["sums2", *SUMS]),
+        ({}, ["muon2", *MUON]),
         ({}, ["half", *PLAIN, "--epochs", "2"]),
         ({}, ["norm2", *NORM]),
         (machines, ["machines", *PLAIN, "--cache-dir", str(root / "their cache")]),
@@ -88,14 +90,22 @@ def together(root):
 def alone(root, together):
     """The same runs in one process, which also goes on with "half"."""
     register_tiny()
-    for words in (["one", *PLAIN], ["sums1", *SUMS], ["norm1", *NORM], ["half", "--resume", "--epochs", "4"]):
+    for words in (
+        ["one", *PLAIN],
+        ["sums1", *SUMS],
+        ["muon1", *MUON],
+        ["norm1", *NORM],
+        ["half", "--resume", "--epochs", "4"],
+    ):
         code, _, err = run(train_emotion_cnn.main, *flags(root, *words))
         assert code == 0, err
     yield
     del models.ARCHS["tiny"]
 
 
-@pytest.mark.parametrize("found, expected", [("two", "one"), ("sums2", "sums1"), ("half", "one"), ("machines", "one")])
+@pytest.mark.parametrize(
+    "found, expected", [("two", "one"), ("sums2", "sums1"), ("muon2", "muon1"), ("half", "one"), ("machines", "one")]
+)
 def test_two_processes_train_the_same_model(found, expected, root, alone):
     """Class weights and gradients, clipped and added up over passes, count the whole batch; one process goes on."""
     for name in (BEST_NAME, FINAL_NAME):

@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ import torch
 from conftest import COUNTS, SMALL, differing, draw_folder, interrupt, run, run_process
 
 from checkpoints import BEST_NAME, FINAL_NAME, PREVIOUS_NAME
-from models import create_model
+from models import create_model, get_arch
 from predict_emotion import load_model, predict_images
 from reports import HISTORY_FILES, METRICS_FILES
 from train_emotion_cnn import DEFAULT_ARCH, main, parse_settings
@@ -197,12 +198,25 @@ def test_options_that_change_nothing(trained, tmp_path, monkeypatch):
     assert differing(checkpoint, trained / "out" / FINAL_NAME) == {"config"}
 
 
-def test_the_recipe_is_the_default_and_backbones_start_pretrained():
+def test_the_recipe_is_the_default_and_that_of_backbones_depends_on_their_start():
     settings = parse_settings([])[0]
     assert settings.arch == DEFAULT_ARCH == "seresnet13" and "window" in settings.augment
-    assert (settings.schedule, settings.optimizer, settings.pretrained) == ("onecycle", "adamw", False)
-    assert parse_settings(["--arch", "mobilenet_v2"])[0].pretrained
-    assert not parse_settings(["--arch", "mobilenet_v2", "--weights", __file__])[0].pretrained
+    assert (settings.schedule, settings.optimizer, settings.pretrained) == ("linear", "muon", False)
+    (fine, _), (other, _) = (
+        parse_settings(["--arch", "mobilenet_v2", *flags]) for flags in ([], ["--weights", __file__])
+    )
+    assert fine.pretrained and not other.pretrained
+    for each in (fine, other):
+        assert (each.optimizer, each.lr, each.backbone_lr, each.is_from_scratch) == ("adam", 3e-4, 0.1, False)
+    scratch = parse_settings(["--arch", "mobilenet_v2", "--no-pretrained", "--epochs", "3"])[0]
+    recipe = asdict(get_arch(DEFAULT_ARCH).recipe) | {"epochs": 3}
+    assert {name: getattr(scratch, name) for name in recipe} == recipe and scratch.is_from_scratch
+
+
+def test_another_optimizer_brings_its_own_learning_rate():
+    assert parse_settings(["--arch", "cnn4_bn", "--optimizer", "muon"])[0].lr == 0.02
+    assert parse_settings(["--optimizer", "adamw"])[0].lr == 3e-3
+    assert parse_settings(["--optimizer", "adamw", "--lr", "0.1"])[0].lr == 0.1
 
 
 def test_tensorboard(trained, tmp_path):
