@@ -120,7 +120,7 @@ def check_unchanged(settings: Settings, checkpoint: dict) -> None:
         if name not in MAY_CHANGE and value != config.get(name, value):
             flag = "--" + name.replace("_", "-")
             raise InputError(f"--resume: {flag} {value} contradicts the run in {path}, which has {config[name]}")
-    if settings.epochs != config["epochs"] and settings.schedule in ("cosine", "onecycle"):
+    if settings.epochs != config["epochs"] and settings.schedule not in ("none", "plateau"):
         raise InputError(
             f"--resume: the {settings.schedule} schedule of this run ends after {config['epochs']} epochs; "
             "--epochs can't be changed"
