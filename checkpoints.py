@@ -30,25 +30,16 @@ MAX_INFLATION = 10  # of a compressed file; float32 weights hardly shrink
 PATHS = ("data_dir", "weights", "teacher", "cache_dir", "tensorboard")  # settings that name places on the machine
 BEST_NAME, FINAL_NAME = "best_emotion_model.pth", "final_emotion_model.pth"
 PREVIOUS_NAME = "best_emotion_model.previous.pth"  # the best checkpoint of an earlier run in the same folder
-_TYPES = {
-    "arch": str,
-    "num_classes": int,
-    "class_names": list,
-    "input_spec": dict,
-    "temperature": float,
-    "trained_on": str,
-    "epoch": int,
-    "metrics": dict,
-    "config": dict,
-}
+# What a checkpoint holds next to its weights: the keys of ModelInfo.to_dict, then those of the run.
+_TYPES = dict(arch=str, num_classes=int, class_names=list, input_spec=dict, temperature=float, trained_on=str)
+_TYPES |= dict(epoch=int, metrics=dict, config=dict)
 
 
 def make_checkpoint(model: nn.Module, *, epoch: int, metrics: dict, config: dict) -> dict:
     """The checkpoint of `model` (bare, not wrapped) as a dict; `metrics` and `config` must hold plain values.
 
-    engine.resume.save adds what resuming needs, to the final checkpoint alone.
-
-    On the CPU the tensors are the model's own, not copies, so that a file that names them twice stores them once.
+    engine.resume.save adds what resuming needs, to the final checkpoint alone. On the CPU the tensors are the model's
+    own, not copies, so that a file that names them twice stores them once.
     """
     return {
         "format_version": FORMAT_VERSION,
@@ -92,10 +83,9 @@ def replace_file(path: str | Path, write) -> None:
 def _replace(source: Path, target: Path) -> None:
     """os.replace, tried again if Windows refuses because a virus scanner or a reader has `target` open."""
     for seconds in (0.1, 0.5, 2) if os.name == "nt" else ():
-        try:
+        with contextlib.suppress(PermissionError):
             return os.replace(source, target)
-        except PermissionError:
-            time.sleep(seconds)
+        time.sleep(seconds)
     return os.replace(source, target)
 
 
@@ -112,17 +102,14 @@ def save_checkpoint(checkpoint: dict, path: str | Path) -> None:
 def load_file(path: Path):
     """What torch.load makes of `path` without running code; InputError with one line if it refuses."""
     try:
-        if not path.exists():
-            raise InputError(f"no checkpoint at {path}")
         if not path.is_file():
-            raise InputError(f"{path} is not a file")
+            raise InputError(f"{path} is not a file" if path.exists() else f"no checkpoint at {path}")
         if _unpacked_size(path) > MAX_INFLATION * path.stat().st_size:  # torch reads compressed archives too
             raise InputError(
                 f"{path} would unpack to over {MAX_INFLATION} times its size, so it is not read; save it "
                 "with torch.save, which does not compress"
             )
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about files that are refused right after
+        with warnings.catch_warnings(action="ignore"):  # about files that are refused right after
             return torch.load(path, map_location="cpu", weights_only=True)
     except InputError:
         raise
@@ -161,7 +148,7 @@ def _what_is_wrong(path: Path) -> str:
         head = file.read(9)
     if head.startswith(b"PK"):
         names = _names_in_zip(path)
-        if is_torchscript(path):
+        if "constants.pkl" in names:
             return "it is a TorchScript file; give it a name that ends in .pt"
         if "data.pkl" in names:
             return "it is damaged, or holds Python objects other than tensors and plain values, which could run code"
@@ -265,10 +252,8 @@ def check_info(checkpoint: dict, path: str | Path) -> dict:
         raise InputError(f"{path} is of the unknown arch {checkpoint['arch']!r}")
     if not 0 < checkpoint["temperature"] < math.inf:
         raise InputError(f"{path} is damaged: its temperature is {checkpoint['temperature']}")
-    if not all(
-        isinstance(value, float) or type(value) is int and abs(value) < 2**53
-        for value in checkpoint["metrics"].values()
-    ):
+    values = checkpoint["metrics"].values()
+    if not all(isinstance(value, float) or type(value) is int and abs(value) < 2**53 for value in values):
         raise InputError(f"{path} is damaged: its metrics are not all numbers")
     if not all(isinstance(key, str) and key.isprintable() for key in (*checkpoint["metrics"], *checkpoint["config"])):
         raise InputError(f"{path} is damaged: its metrics and config are not all named by printable text")
@@ -277,26 +262,10 @@ def check_info(checkpoint: dict, path: str | Path) -> dict:
         raise InputError(f"{path} has {len(names):,} classes, more than the {MAX_CLASSES:,} that are allowed")
     if not all(isinstance(name, str) and name.isprintable() for name in names):
         raise InputError(f"{path} is damaged: its class_names are not all printable text")
-    if len(set(names)) != checkpoint["num_classes"] or len(names) != checkpoint["num_classes"]:
-        found = f"{len(names)} names, {len(set(names))} of them different"
-        raise InputError(f"{path} is damaged: {checkpoint['num_classes']} classes, but {found}")
+    count, different = checkpoint["num_classes"], len(set(names))
+    if not count == different == len(names):
+        raise InputError(f"{path} is damaged: {count} classes, but {len(names)} names, {different} of them different")
     return checkpoint
-
-
-def _check_fit(checkpoint: dict, info: ModelInfo) -> nn.Module:
-    """A model without memory (on the meta device) that `checkpoint` has the weights of; RuntimeError if they don't fit.
-
-    So a large model is allocated only if the file is that large itself.
-    """
-    with torch.device("meta"):
-        model = create_model(info.arch, checkpoint["num_classes"], image_size=info.input_spec.image_size)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that nothing is copied yet
-        model.load_state_dict(checkpoint["state_dict"])
-    for key, value in checkpoint["state_dict"].items():
-        if value.is_meta or value.nbytes > value.untyped_storage().nbytes():  # a few numbers expanded to any size
-            raise InputError(f"its weights are damaged: {printable(key)} is larger than what is stored of it")
-    return model
 
 
 def build_model(checkpoint: dict, path: str | Path = "the checkpoint") -> nn.Module:
@@ -305,13 +274,19 @@ def build_model(checkpoint: dict, path: str | Path = "the checkpoint") -> nn.Mod
     Raises InputError that names `path` if arch, weights and shapes don't belong together.
     """
     try:
-        info = ModelInfo.from_dict(checkpoint)
-        model = _check_fit(checkpoint, info)
+        info, state_dict = ModelInfo.from_dict(checkpoint), checkpoint["state_dict"]
+        with torch.device("meta"):  # without memory: a large model is allocated only if the file is that large itself
+            model = create_model(info.arch, checkpoint["num_classes"], image_size=info.input_spec.image_size)
+        with warnings.catch_warnings(action="ignore"):  # that nothing is copied yet
+            model.load_state_dict(state_dict)
+        for key, value in state_dict.items():
+            if value.is_meta or value.nbytes > value.untyped_storage().nbytes():  # a few numbers expanded to any size
+                raise InputError(f"its weights are damaged: {printable(key)} is larger than what is stored of it")
         channels, expected = info.input_spec.channels, model.info.input_spec.channels
         if channels != expected:
             raise InputError(f"its input_spec has {channels} channels, not {expected}")
         dtypes = {key: value.dtype for key, value in model.state_dict().items()}
-        weights = {key: value.to(dtypes[key], copy=True) for key, value in checkpoint["state_dict"].items()}
+        weights = {key: value.to(dtypes[key], copy=True) for key, value in state_dict.items()}
         model.load_state_dict(weights, assign=True)
         for key, value in weights.items():
             if not value.isfinite().all():
@@ -326,15 +301,15 @@ def build_model(checkpoint: dict, path: str | Path = "the checkpoint") -> nn.Mod
 
 def find_state_dict(loaded) -> dict[str, torch.Tensor] | None:
     """The state_dict in what was loaded, also in the usual layouts of other tools; None if there is none."""
+    if not isinstance(loaded, dict):
+        return None
     for name in ("model_state_dict", "state_dict", "model"):
-        if isinstance(loaded, dict) and isinstance(loaded.get(name), dict):
+        if isinstance(loaded.get(name), dict):
             loaded = loaded[name]
-    if not isinstance(loaded, dict) or not all(
-        isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in loaded.items()
-    ):
+    if not all(isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in loaded.items()):
         return None
     for prefix in ("module.", "_orig_mod.", "model."):  # DataParallel's, torch.compile's, Lightning's
-        if loaded and all(key.startswith(prefix) for key in loaded):
+        if all(key.startswith(prefix) for key in loaded):
             loaded = {key.removeprefix(prefix): value for key, value in loaded.items()}
     return loaded or None
 

@@ -131,10 +131,10 @@ def list_images(folder: str | Path, class_names: list[str]) -> list[ImageFile]:
     Raises InputError for a class folder without images, and for one that is not in `class_names`.
     """
     found = find_classes(folder)
-    if not set(found) <= set(class_names):
+    if unknown := sorted(set(found) - set(class_names)):
         raise InputError(
-            f"classes differ: {folder} has {found}, but train/ or the model has "
-            f"{class_names}; rename {sorted(set(found) - set(class_names))}, or train a model that knows them"
+            f"classes differ: {folder} has {found}, but train/ or the model has {class_names}; rename {unknown}, or "
+            "train a model that knows them"
         )
     images = []
     for name in found:
@@ -220,9 +220,8 @@ class FolderImages:
         readable = set(self.labels.tolist())
         for image in listed:
             if image.label not in readable:
-                name = self.folder / self.class_names[image.label]
-                reason = f"so the class is empty; for example, {lines[image.path]}"
-                raise InputError(f"no image in {name} can be read, {reason}")
+                name, example = self.folder / self.class_names[image.label], lines[image.path]
+                raise InputError(f"no image in {name} can be read, so the class is empty; for example, {example}")
         if lines:
             self.notes += [*lines.values()][:50] + [f"... and {len(lines) - 50} more"] * (len(lines) > 50)
             self.notes.append(f"left out {len(lines)} of {len(listed)} images in {printable(self.folder)}")
@@ -232,15 +231,13 @@ class FolderImages:
     def _load_or_build(self, listed: list[ImageFile], cache_dir: Path) -> tuple[np.ndarray, dict]:
         """The images and {"shape", "digests", "unreadable"}, from the cache, or decoded into it or into memory."""
         path = cache_dir / self._cache_name(listed)
-        try:
+        with contextlib.suppress(Exception):  # none yet, or a damaged one, to be rebuilt; odd JSON raises anything
             images, info = _read_cache(path, len(listed))
             paths = [listed[row].path for row in info["unreadable"]]
             again = decode_paths(paths, self.spec, self.spec.stored_channels)
             if all(isinstance(result, str) for result in again):  # else a disk or a permission was mended
                 return images, info
             del images  # Windows can't replace a file that is mapped
-        except Exception:  # none yet, or a damaged one, which is rebuilt; JSON of another shape raises anything
-            pass
         try:
             cache_dir.mkdir(parents=True, exist_ok=True)
             self._write_cache(path, listed)
@@ -281,10 +278,7 @@ class FolderImages:
         _remove_stale(path)
 
     def _write_images(self, file: BinaryIO, listed: list[ImageFile]) -> dict:
-        """Writes the readable images to `file` as .npy does and returns the cache's info.
-
-        The pixels go through write(), which reports a full disk; a memory map would end the process there.
-        """
+        """Writes the readable images to `file` as .npy does and returns the cache's info."""
         info = self._decode(file, listed, 1) or self._decode(file, listed, self.spec.stored_channels)
         file.seek(0)
         file.write(_header(info["shape"]))
@@ -307,7 +301,7 @@ class FolderImages:
                         unreadable[row] = result
                     else:
                         digests.append(hash_pixels(result))
-                        file.write(result)
+                        file.write(result)  # which reports a full disk; a memory map would end the process there
                 bar.update(len(results))
         shape = (len(digests), channels, self.spec.image_size, self.spec.image_size)
         return {"shape": shape, "digests": digests, "unreadable": unreadable}

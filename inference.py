@@ -1,10 +1,4 @@
-"""A trained model at work: from a checkpoint to the emotions in images. predict_emotion.py hands this on to users.
-
-Example::
-
-    model, class_names = load_model("best_emotion_model.pth")
-    predicted_class, confidence, all_probs = predict_image(model, "photo.jpg", class_names)
-"""
+"""A trained model at work: from a checkpoint to the emotions in images. predict_emotion.py hands this on to users."""
 
 import os
 import sys
@@ -28,29 +22,24 @@ from models import InputSpec, device_of
 from preprocessing import in_chunks, read_image, read_whole, to_input
 
 BUNDLED = Path(__file__).resolve().parent / "weights" / "emotion_model.pth"
-
 Prediction = tuple[str, float, dict[str, float]]
 
 
-def find_checkpoint(path: str | Path | None = None, *, photos: bool = False) -> Path:
-    """`path`, or if it is None the best checkpoint in the current folder, else the bundled model.
+def find_checkpoint(*, photos: bool = False) -> Path:
+    """The best checkpoint in the current folder, else the bundled model.
 
     For `photos` a best checkpoint that was trained on the sample set of drawings is skipped. Prints on standard error
     which one was found; raises InputError if there is none.
     """
-    if path is not None:
-        return Path(path)
-    reason = ""
-    for found in (Path(BEST_NAME), BUNDLED):
-        if not os.path.isfile(found):
-            continue
-        if photos and found != BUNDLED and read_checkpoint(found)["trained_on"] == SAMPLE_SET:
-            reason = f", since {BEST_NAME} was trained on drawings (to use it, name it with --checkpoint)"
-            continue
-        print(f"using {printable(found)}{reason}", file=sys.stderr)
-        return found
-    found = f"no model{reason}" if reason else f"no {BEST_NAME} here"
-    raise InputError(f"{found}: train one with train_emotion_cnn.py, or name one with --checkpoint PATH")
+    best, reason = Path(BEST_NAME), ""
+    if photos and os.path.isfile(best) and read_checkpoint(best)["trained_on"] == SAMPLE_SET:
+        reason = f", since {BEST_NAME} was trained on drawings (to use it, name it with --checkpoint)"
+    found = best if os.path.isfile(best) and not reason else BUNDLED
+    if not os.path.isfile(found):
+        missing = f"no model{reason}" if reason else f"no {BEST_NAME} here"
+        raise InputError(f"{missing}: train one with train_emotion_cnn.py, or name one with --checkpoint PATH")
+    print(f"using {printable(found)}{reason}", file=sys.stderr)
+    return found
 
 
 def load_model(
@@ -87,7 +76,7 @@ def open_model(
     """
     if (arch is None) != (class_names is None):
         raise InputError("arch and class_names go together: they tell what another tool's weights are")
-    path = find_checkpoint(path, photos=photos)
+    path = find_checkpoint(photos=photos) if path is None else Path(path)
     if is_exported(path):
         if arch is not None:
             raise InputError(f"{path} is an exported file, which has its own arch and class names")
@@ -102,11 +91,8 @@ def open_model(
     target = pick_device(device)
     model = model.to(target, memory_format=memory_format(target))
     if model.info.trained_on == SAMPLE_SET:
-        print(
-            f"note: this model was trained on {model.info.trained_on}; for photos, train on real faces or pass "
-            "--checkpoint weights/emotion_model.pth",
-            file=sys.stderr,
-        )
+        advice = "for photos, train on real faces or pass --checkpoint weights/emotion_model.pth"
+        print(f"note: this model was trained on {SAMPLE_SET}; {advice}", file=sys.stderr)
     return model, info
 
 
@@ -136,11 +122,10 @@ def predict_images(
     class_names, spec = _check_classes(model, class_names), model.info.input_spec
     find, faceless = make_finder(spec, faces), []
 
-    def find_one(source) -> Iterator[tuple[View, np.ndarray]]:
+    def find_one(source) -> Iterator[Found]:
         view, pixels = next(find(source))  # of the largest face
         if pixels is None:
-            name = printable(source) if isinstance(source, str | os.PathLike) else "an image"
-            faceless.append(name)
+            faceless.append(printable(source) if isinstance(source, str | os.PathLike) else "an image")
             pixels = read_image(source, spec)
         yield view, pixels
 
@@ -222,7 +207,10 @@ class View:
     time: float | None = None
 
 
-Finder = Callable[[object], Iterator[tuple[View, np.ndarray | None]]]
+Found = tuple[View, np.ndarray | None]  # with its pixels; None: no face was found
+Classified = tuple[View, torch.Tensor | None]  # with probs (num_classes,); None as above
+Finder = Callable[[object], Iterator[Found]]
+OnError = Callable[[object, str], None]  # gets a source that can't be read, and a message that names it
 
 
 def make_finder(spec: InputSpec, faces: str = "off", min_size: int | None = None, *, turns: bool = True) -> Finder:
@@ -235,7 +223,7 @@ def make_finder(spec: InputSpec, faces: str = "off", min_size: int | None = None
     if faces not in ("auto", "on", "off"):
         raise InputError(f'faces must be "auto", "on" or "off", not {faces!r}')
 
-    def find(source) -> Iterator[tuple[View, np.ndarray | None]]:
+    def find(source) -> Iterator[Found]:
         if faces == "off":
             yield View(source), read_image(source, spec)
             return
@@ -252,7 +240,7 @@ def make_finder(spec: InputSpec, faces: str = "off", min_size: int | None = None
     return find
 
 
-def _find_all(sources: list, find: Finder) -> tuple[list[tuple[View, np.ndarray | None]], list[tuple[object, str]]]:
+def _find_all(sources: list, find: Finder) -> tuple[list[Found], list[tuple[object, str]]]:
     """The views of all that can be read, and (source, message) of the rest."""
     views, unreadable = [], []
     for source in sources:
@@ -263,9 +251,7 @@ def _find_all(sources: list, find: Finder) -> tuple[list[tuple[View, np.ndarray 
     return views, unreadable
 
 
-def classify_batch(
-    model: nn.Module, views: list[tuple[View, np.ndarray | None]]
-) -> list[tuple[View, torch.Tensor | None]]:
+def classify_batch(model: nn.Module, views: list[Found]) -> list[Classified]:
     """(view, probs (num_classes,)) of each; None instead of probs if the view has no pixels."""
     pixels = [pixels for _, pixels in views if pixels is not None]
     probs = iter(predict_probs(model, torch.from_numpy(np.stack(pixels)))) if pixels else None
@@ -273,12 +259,8 @@ def classify_batch(
 
 
 def classify(
-    model: nn.Module,
-    sources: list,
-    find: Finder,
-    batch_size: int = 64,
-    on_error: Callable[[object, str], None] | None = None,
-) -> Iterator[tuple[View, torch.Tensor | None]]:
+    model: nn.Module, sources: list, find: Finder, batch_size: int = 64, on_error: OnError | None = None
+) -> Iterator[Classified]:
     """Yields (view, probs (num_classes,)) in order, None instead of probs for an image without a face.
 
     Faces of several images share a batch, and the next batch is decoded and searched while the model works. An image
@@ -298,8 +280,8 @@ def classify(
 
 
 def classify_on_cores(
-    model: nn.Module, sources: list, find: Finder, batch_size: int, on_error: Callable[[object, str], None]
-) -> Iterator[tuple[View, torch.Tensor | None]]:
+    model: nn.Module, sources: list, find: Finder, batch_size: int, on_error: OnError
+) -> Iterator[Classified]:
     """As `classify`; for scripts, since it sets torch's threads.
 
     On the CPU every core takes a share of the batch and works it through on its own, decoding included: with a small
@@ -309,7 +291,7 @@ def classify_on_cores(
         yield from classify(model, sources, find, batch_size, on_error)
         return
 
-    def work(chunk: list) -> tuple[list[tuple[View, torch.Tensor | None]], list[tuple[object, str]]]:
+    def work(chunk: list) -> tuple[list[Classified], list[tuple[object, str]]]:
         views, unreadable = _find_all(chunk, find)
         parts = [views[start : start + batch_size] for start in range(0, len(views), batch_size)]  # of many faces
         return [result for part in parts for result in classify_batch(model, part)], unreadable

@@ -96,10 +96,7 @@ class ModelInfo:
 
 @dataclass(frozen=True)
 class Recipe:
-    """Default hyperparameters of an arch; any flag of train_emotion_cnn.py overrides. `lr` is for `batch_size`.
-
-    `backbone_lr` is the learning rate of trained layers before the classifier, as a share of `lr`.
-    """
+    """Default hyperparameters of an arch; any flag of train_emotion_cnn.py overrides. `lr` is for `batch_size`."""
 
     epochs: int
     batch_size: int
@@ -112,7 +109,7 @@ class Recipe:
     label_smoothing: float = 0.0
     mixup: float = 0.0
     ema: float = 0.0
-    backbone_lr: float = 1.0
+    backbone_lr: float = 1.0  # learning rate of trained layers before the classifier, as a share of `lr`
 
 
 @dataclass(frozen=True)
@@ -206,16 +203,13 @@ def count_parameters(model: nn.Module) -> int:
 
 
 class Dropout(nn.Dropout):
-    """nn.Dropout, several times faster on the CPU: it draws a byte for each value, where torch draws a float.
-
-    `p` counts in steps of 1/256 there.
-    """
+    """nn.Dropout, several times faster on the CPU: a byte is drawn for each value, so `p` counts in steps of 1/256."""
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         count, dropped = inputs.numel(), round(256 * self.p)
         if not (self.training and inputs.device.type == "cpu" and 0 < dropped < 256):
             return super().forward(inputs)
-        draws = torch.empty((count + 7) // 8, dtype=torch.int64).random_(-(2**63), None)
+        draws = torch.empty((count + 7) // 8, dtype=torch.int64).random_(-(2**63), None)  # nn.Dropout draws floats
         keep = draws.view(torch.uint8)[:count] >= dropped
         scale = torch.tensor(256 / (256 - dropped), dtype=inputs.dtype)
         return inputs * (keep.as_strided(inputs.shape, torch.empty_like(inputs).stride()) * scale)
@@ -239,15 +233,12 @@ def cnn6_bn(num_classes: int, image_size: int) -> nn.Module:
 
     6.0 M parameters, where S0's document has about 12.5 M.
     """
-    layers, in_channels = [], 1
-    for out_channels in (64, 128, 256):
-        layers += [*_conv(in_channels, out_channels), *_conv(out_channels, out_channels, pool=2), Dropout(0.25)]
-        in_channels = out_channels
-    head, in_features = [nn.Flatten()], 256 * (image_size // 8) ** 2  # 9216 at 48 pixels
-    for out_features in (512, 256):
-        head += [nn.Linear(in_features, out_features), nn.BatchNorm1d(out_features), nn.ReLU(), Dropout(0.5)]
-        in_features = out_features
-    return _network(layers, [*head, nn.Linear(in_features, num_classes)])
+    layers, head = [], [nn.Flatten()]
+    for a, b in ((1, 64), (64, 128), (128, 256)):
+        layers += [*_conv(a, b), *_conv(b, b, pool=2), Dropout(0.25)]
+    for a, b in ((256 * (image_size // 8) ** 2, 512), (512, 256)):  # 9216 at 48 pixels
+        head += [nn.Linear(a, b), nn.BatchNorm1d(b), nn.ReLU(), Dropout(0.5)]
+    return _network(layers, [*head, nn.Linear(256, num_classes)])
 
 
 @register(
@@ -267,10 +258,7 @@ def cnn6_rgb(num_classes: int, image_size: int) -> nn.Module:
 @register("cnn4_bn", Recipe(epochs=20, batch_size=32))
 def cnn4_bn(num_classes: int, image_size: int) -> nn.Module:
     """S2's network: four convolutions with batch-norm, each before a pooling, two linear layers (1.6 M parameters)."""
-    layers, in_channels = [], 1
-    for out_channels in (32, 64, 128, 256):
-        layers += _conv(in_channels, out_channels, pool=2)
-        in_channels = out_channels
+    layers = [*_conv(1, 32, pool=2), *_conv(32, 64, pool=2), *_conv(64, 128, pool=2), *_conv(128, 256, pool=2)]
     head = [nn.Flatten(), nn.Linear(256 * (image_size // 16) ** 2, 512), nn.ReLU(), Dropout(0.5)]
     return _network(layers, [*head, nn.Linear(512, num_classes)])
 
@@ -278,16 +266,10 @@ def cnn4_bn(num_classes: int, image_size: int) -> nn.Module:
 @register("cnn4", Recipe(epochs=65, batch_size=500, weight_decay=1e-4, augment="flip,rotation=10,crop=0.8"))
 def cnn4(num_classes: int, image_size: int) -> nn.Module:
     """S3's network: four convolutions, two linear layers (5.0 M parameters); without S3's softmax before the loss."""
-    features = [
-        *_conv(1, 32, batch_norm=False),
-        *_conv(32, 64, batch_norm=False, pool=2),
-        Dropout(0.25),
-        *_conv(64, 128, batch_norm=False, pool=2),
-        *_conv(128, 128, batch_norm=False, pool=2),
-        Dropout(0.25),
-    ]
+    layers = [*_conv(1, 32, batch_norm=False), *_conv(32, 64, batch_norm=False, pool=2), Dropout(0.25)]
+    layers += [*_conv(64, 128, batch_norm=False, pool=2), *_conv(128, 128, batch_norm=False, pool=2), Dropout(0.25)]
     head = [nn.Flatten(), nn.Linear(128 * (image_size // 8) ** 2, 1024), nn.ReLU(), Dropout(0.5)]
-    return _network(features, [*head, nn.Linear(1024, num_classes)])
+    return _network(layers, [*head, nn.Linear(1024, num_classes)])
 
 
 # Our own network
@@ -312,13 +294,9 @@ class _SEBlock(nn.Module):
         self.convolutions = nn.Sequential(*first, nn.ReLU(), *second)
         nn.init.zeros_(second[-1].weight)
         squeezed = out_channels // 8  # half of the paper's reduction: the blocks are narrower than its
-        self.gate = nn.Sequential(
-            nn.AdaptiveAvgPool2d(1),
-            nn.Conv2d(out_channels, squeezed, 1),
-            nn.ReLU(),
-            nn.Conv2d(squeezed, out_channels, 1),
-            nn.Sigmoid(),
-        )
+        squeeze = [nn.AdaptiveAvgPool2d(1), nn.Conv2d(out_channels, squeezed, 1), nn.ReLU()]
+        excite = [nn.Conv2d(squeezed, out_channels, 1), nn.Sigmoid()]
+        self.gate = nn.Sequential(*squeeze, *excite)
         pool = [nn.AvgPool2d(2, ceil_mode=True)] if stride == 2 else []
         project = _conv_norm(in_channels, out_channels, kernel_size=1) if in_channels != out_channels else []
         self.shortcut = nn.Sequential(*pool, *project)
@@ -395,6 +373,5 @@ for _name, _head, _in_features in (
     ("efficientnet_b0", "classifier", 1280),
     ("mobilenet_v3_large", "classifier", 960),
 ):
-    register(_name, _RECIPE, input_spec=_IMAGENET_SPEC, is_backbone=True, takes_any_size=True, head=_head)(
-        partial(_backbone, _name, _head, _in_features)
-    )
+    _build = partial(_backbone, _name, _head, _in_features)
+    register(_name, _RECIPE, input_spec=_IMAGENET_SPEC, is_backbone=True, takes_any_size=True, head=_head)(_build)

@@ -20,32 +20,22 @@ import json
 import os
 import sys
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 from torch import nn
 
+import inference
+import reports
 from checkpoints import BEST_NAME, replace_file
 from console import ArgumentParser, check_writable, make_output_dir, number, run_script
 from data import describe_others, find_classes, find_splits, is_sample_set, walk_images
 from errors import InputError, printable
 from faces.detector import CROP_SIZE, LONGEST, SMALLEST
-from faces.overlay import Targets, annotate_images
+from faces.overlay import Result, Targets, annotate_images
 from faces.video import Video, is_video, predict_video
-from inference import (
-    BUNDLED,
-    Prediction,
-    View,
-    classify_on_cores,
-    load_model,
-    make_finder,
-    open_model,
-    predict_faces,
-    predict_image,
-    predict_images,
-    to_prediction,
-)
+from inference import BUNDLED, OnError, Prediction, View, load_model, predict_faces, predict_image, predict_images
 from models import count_parameters
 from preprocessing import read_image
 
@@ -93,14 +83,14 @@ def find_images(inputs: list[str]) -> list[str]:
     for item in inputs:
         if os.path.isdir(item):
             paths = [entry.path for entry in walk_images(item)]
+            if not paths:
+                raise InputError(f"no images in the folder {item}, which holds {describe_others(item) or 'no files'}")
         elif os.path.lexists(item):
             paths = [item]
         else:
             paths = sorted(path for path in glob.glob(item, recursive=True) if not os.path.isdir(path))
-        if not paths:
-            if os.path.isdir(item):
-                raise InputError(f"no images in the folder {item}, which holds {describe_others(item) or 'no files'}")
-            raise InputError(f"no file or pattern match: {item}")
+            if not paths:
+                raise InputError(f"no file or pattern match: {item}")
         found += paths
     return list(dict.fromkeys(found))
 
@@ -124,30 +114,24 @@ def describe_view(view: View) -> str:
     return {"whole": "whole image", "crop": "", "none": "no face found"}[view.kind]
 
 
-def print_block(view: View, prediction: Prediction | None, *, show_all: bool) -> None:
-    """The prediction for the only image."""
-    if prediction is None:
-        print(describe_view(view).capitalize())
-        return
-    emotion, confidence, all_probs = prediction
-    rule = "=" * 50
-    where = [describe_view(view).capitalize()] if view.kind == "face" else []
-    print(rule, *where, f"Predicted Emotion: {emotion.upper()}", f"Confidence: {confidence:.2f}%", rule, sep="\n")
-    if show_all:
-        print("\nAll emotion probabilities:", *format_bars(all_probs), sep="\n")
-
-
-def print_line(view: View, prediction: Prediction | None, *, show_all: bool) -> None:
-    """The prediction for one image or frame of many."""
+def print_prediction(view: View, prediction: Prediction | None, *, is_only: bool, show_all: bool) -> None:
+    """The prediction as a block for the only image, as a line for one image or frame of many."""
     part = describe_view(view)
     source = printable(view.source) + ("" if view.time is None else f" at {view.time:.2f} s")
     if prediction is None:
-        print(f"{source}: {part}")
+        print(part.capitalize() if is_only else f"{source}: {part}")
         return
     emotion, confidence, all_probs = prediction
-    print(f"{source}, {part}: {emotion} {confidence:.2f}%" if part else f"{source}: {emotion} {confidence:.2f}%")
+    if is_only:
+        rule = "=" * 50
+        where = [part.capitalize()] if view.kind == "face" else []
+        print(rule, *where, f"Predicted Emotion: {emotion.upper()}", f"Confidence: {confidence:.2f}%", rule, sep="\n")
+        heading, indent = "\nAll emotion probabilities:\n", ""
+    else:
+        print(f"{source}, {part}: {emotion} {confidence:.2f}%" if part else f"{source}: {emotion} {confidence:.2f}%")
+        heading, indent = "", "  "
     if show_all:
-        print(*("  " + line for line in format_bars(all_probs)), sep="\n")
+        print(heading + "\n".join(indent + bar for bar in format_bars(all_probs)))
 
 
 def print_info(info: dict, model: nn.Module) -> None:
@@ -157,20 +141,18 @@ def print_info(info: dict, model: nn.Module) -> None:
     parameters = f"{count_parameters(model):,} parameters" if count_parameters(model) else "exported"
     epochs = f"epoch {info['epoch']} of {printable(config.get('epochs', '?'))}"
     shown = [f"{key} {value:.4f}" if isinstance(value, float) else f"{key} {value:,}" for key, value in metrics.items()]
-    settings = [f"{key} {printable(value)}" for key, value in config.items() if value is not None]
     print(f"arch: {model.info.arch}, {parameters}")
     print(f"classes: {', '.join(model.info.class_names)}")
     print(f"input: {spec.image_size} x {spec.image_size} {color}, mean {spec.mean}, std {spec.std}")
     print(f"trained on: {printable(model.info.trained_on)}, {epochs}, temperature {model.info.temperature:g}")
     print(f"metrics: {', '.join(shown)}")
-    print(f"settings: {', '.join(settings)}")
+    print("settings:", ", ".join(f"{key} {printable(value)}" for key, value in config.items() if value is not None))
 
 
-def summarize(paths: list[str], unreadable: Collection[str], kinds: Counter) -> str:
+def summarize(paths: list[str], unreadable: set[str], kinds: Counter) -> str:
     """How many images, videos and faces there were; `kinds` counts the views."""
-    read = [path for path in paths if path not in unreadable]
-    videos = sum(map(is_video, read))
-    counts = {"image": len(read) - videos, "video": videos, "face": kinds["face"]}
+    videos = sum(is_video(path) for path in paths if path not in unreadable)
+    counts = {"image": len(paths) - len(unreadable) - videos, "video": videos, "face": kinds["face"]}
     parts = [f"{count:,} {name}{'s' * (count > 1)}" for name, count in counts.items() if count] or ["0 images"]
     parts += [f"{kinds['none']:,} without a face"] * bool(kinds["none"])
     parts += [f"{len(unreadable):,} could not be read"] * bool(unreadable)
@@ -181,10 +163,8 @@ def summarize(paths: list[str], unreadable: Collection[str], kinds: Counter) -> 
 
 
 def to_cell(value):
-    """A CSV cell: empty for None; text that a spreadsheet would take for a formula gets an apostrophe in front."""
-    if isinstance(value, str) and value.startswith(_FORMULA_STARTS):
-        return "'" + value
-    return "" if value is None else value
+    """A CSV cell: text that a spreadsheet would take for a formula gets an apostrophe in front."""
+    return "'" + value if isinstance(value, str) and value.startswith(_FORMULA_STARTS) else value
 
 
 def to_row(view: View, prediction: Prediction | None, class_columns: dict[str, str]) -> dict:
@@ -200,39 +180,31 @@ def to_row(view: View, prediction: Prediction | None, class_columns: dict[str, s
     return row
 
 
-class TableWriter:
+class TableWriter(contextlib.AbstractContextManager):
     """Rows as a CSV or JSON file, by the ending of `path`. Each is written as it comes, so memory does not grow.
-
-    with TableWriter("p.csv", ["file", "emotion"]) as table:
-        table.add({"file": "a.png", "emotion": "happy"})
 
     What a row lacks is empty in CSV and null in JSON. `path` is replaced at the end of the block, unless no row was
     added or the block raised an error, which is passed on. Raises InputError if the file can't be written.
     """
 
     def __init__(self, path: str | Path, columns: list[str]):
-        self.path, self.columns, self.count = Path(path), columns, 0
+        self.path, self.columns, self._file = Path(path), columns, None
         self._is_json = self.path.suffix.lower() == ".json"
         self._rows = self.path.with_name(f".{self.path.name}.{os.getpid()}.rows.tmp")
-        self._file = None
-
-    def __enter__(self) -> "TableWriter":
-        return self
 
     def add(self, row: dict) -> None:
-        cells = [row.get(column) for column in self.columns]
+        cells, is_first = [row.get(column) for column in self.columns], self._file is None
         try:
-            if self._file is None:  # surrogateescape: names of files may hold bytes that are not UTF-8
+            if is_first:  # surrogateescape: names of files may hold bytes that are not UTF-8
                 self._file = self._rows.open("w", newline="", encoding="utf-8", errors="surrogateescape")
             if self._is_json:
-                self._file.write(",\n" if self.count else "[\n")
+                self._file.write("[\n" if is_first else ",\n")
                 self._file.write(json.dumps(dict(zip(self.columns, cells, strict=True))))
             else:
-                lines = [cells] if self.count else [self.columns, cells]
+                lines = [self.columns, cells] if is_first else [cells]  # where None becomes an empty cell
                 csv.writer(self._file).writerows(map(to_cell, line) for line in lines)
         except OSError as error:
             raise InputError(f"can't write {self.path}: {error.strerror}") from None
-        self.count += 1
 
     def __exit__(self, error: type | None, *_) -> None:
         if self._file is None:
@@ -256,19 +228,15 @@ class TableWriter:
 
 
 def predict_all(
-    model: nn.Module,
-    paths: list[str],
-    args: argparse.Namespace,
-    targets: Targets | None,
-    on_error: Callable[[str, str], None],
-) -> Iterator[tuple[View, Prediction | None]]:
+    model: nn.Module, paths: list[str], args: argparse.Namespace, targets: Targets | None, on_error: OnError
+) -> Iterator[Result]:
     """Yields (view, prediction) of the images, then of the videos, and annotates them if there are `targets`."""
     spec, images = model.info.input_spec, [path for path in paths if not is_video(path)]
-    find = make_finder(spec, args.faces, args.min_face)
-    classified = classify_on_cores(model, images, find, args.batch_size, on_error)
-    predicted = ((view, to_prediction(probs, model.info.class_names)) for view, probs in classified)
+    find = inference.make_finder(spec, args.faces, args.min_face)
+    classified = inference.classify_on_cores(model, images, find, args.batch_size, on_error)
+    predicted = ((view, inference.to_prediction(probs, model.info.class_names)) for view, probs in classified)
     yield from annotate_images(predicted, targets) if targets else predicted
-    find = make_finder(spec, args.faces, args.min_face, turns=False)  # the rotation of a video is in its file
+    find = inference.make_finder(spec, args.faces, args.min_face, turns=False)  # the rotation of a video is in its file
     for path in filter(is_video, paths):
         try:
             video = Video(path)
@@ -286,7 +254,6 @@ def predict_files(model: nn.Module, paths: list[str], args: argparse.Namespace) 
     targets = Targets(make_output_dir(args.annotate, "--annotate"), paths) if args.annotate else None
     table = TableWriter(args.output, [*COLUMNS, *class_columns.values()]) if args.output else contextlib.nullcontext()
     kinds, unreadable = Counter(), set()
-    # `| head` ends a run that only prints, but not one that writes files
     unread = contextlib.suppress(BrokenPipeError) if args.output or args.annotate else contextlib.nullcontext()
 
     def on_error(path: str, message: str) -> None:
@@ -295,11 +262,9 @@ def predict_files(model: nn.Module, paths: list[str], args: argparse.Namespace) 
 
     with table, contextlib.closing(predict_all(model, paths, args, targets, on_error)) as predictions:
         for view, prediction in predictions:
-            with unread:
-                if is_single and view.time is None:
-                    print_block(view, prediction, show_all=args.show_all)
-                elif view.time is None or not (args.output or args.annotate):  # a video would print thousands of lines
-                    print_line(view, prediction, show_all=args.show_all)
+            with unread:  # `| head` ends a run that only prints, but not one that writes files
+                if view.time is None or not (args.output or args.annotate):  # a video would print thousands of lines
+                    print_prediction(view, prediction, is_only=is_single and view.time is None, show_all=args.show_all)
             if args.output:
                 table.add(to_row(view, prediction, class_columns))
             kinds[view.kind] += 1
@@ -317,8 +282,8 @@ def predict_files(model: nn.Module, paths: list[str], args: argparse.Namespace) 
     return 0 if kinds else 2
 
 
-def pick_samples(folder: Path, class_names: list[str]) -> list[tuple[str, str]]:
-    """(path, class name) of images in `folder`, at random but always the same, in turn from every class."""
+def pick_samples(folder: Path, class_names: list[str]) -> dict[str, str]:
+    """{path: class name} of images in `folder`, at random but always the same, in turn from every class."""
     known = [name for name in find_classes(folder) if name in class_names]
     if not known:
         raise InputError(f"{folder} has none of the classes that the model knows, {class_names}; pass --data-dir")
@@ -327,33 +292,26 @@ def pick_samples(folder: Path, class_names: list[str]) -> list[tuple[str, str]]:
         images = [(entry.path, name) for entry in walk_images(folder / name)]
         by_class.append([images[index] for index in rng.permutation(len(images))])
     turns = [images[turn] for turn in range(SAMPLES) for images in by_class if turn < len(images)]
-    return turns[:SAMPLES]
+    return dict(turns[:SAMPLES])
 
 
 def draw_samples(model: nn.Module, args: argparse.Namespace) -> None:
     """Draws a sample of test/ with true and predicted classes to prediction_samples.png."""
-    import reports
-
     folder = find_splits(args.data_dir).get("test")
     if folder is None:
         raise InputError(f"no image was named, and there is no {Path(args.data_dir) / 'test'} to sample; name an image")
-    images, names = [], []
-    for path, name in pick_samples(folder, model.info.class_names):
-        try:
-            image = read_image(path, model.info.input_spec)
-        except InputError as error:
-            print(error)
-        else:
-            images.append(image[0] if len(image) == 1 else image.transpose(1, 2, 0))
-            names.append(name)
-    if not images:
-        raise InputError(f"no image in {folder} can be read")
-    predictions = predict_images(model, images, None, args.batch_size, faces="off")
-    cells, right = [], 0
-    for image, name, (emotion, confidence, _) in zip(images, names, predictions, strict=True):
-        right += emotion == name
+    spec, class_names = model.info.input_spec, model.info.class_names
+    samples, cells, right = pick_samples(folder, class_names), [], 0
+    find = inference.make_finder(spec)
+    for view, probs in inference.classify(model, list(samples), find, args.batch_size, lambda _, text: print(text)):
+        emotion, confidence, _ = inference.to_prediction(probs, class_names)
+        name, image = samples[view.source], read_image(view.source, spec)
+        pixels = image[0] if len(image) == 1 else image.transpose(1, 2, 0)
         color = "tab:green" if emotion == name else "tab:red"
-        cells.append((image, f"{emotion} {confidence:.0f}%\ntrue: {name}", color))
+        cells.append((pixels, f"{emotion} {confidence:.0f}%\ntrue: {name}", color))
+        right += emotion == name
+    if not cells:
+        raise InputError(f"no image in {folder} can be read")
     rows = [cells[start : start + 5] for start in range(0, len(cells), 5)]
     title = f"{right} of {len(cells)} images of {printable(folder)} right ({model.info.arch})"
     target = make_output_dir(args.output_dir) / "prediction_samples.png"
@@ -368,8 +326,8 @@ def main(argv: list[str] | None = None) -> int | None:
             raise InputError(f"--output {args.output}: the name must end in .csv or .json")
         check_writable(args.output)
     paths = find_images(args.inputs)
-    photos = bool(paths) and not is_sample_set(paths)
-    model, info = open_model(args.checkpoint, args.device, trust=args.trust, photos=photos)
+    photos = not is_sample_set(paths)  # False without any path: test/ may be the sample set's
+    model, info = inference.open_model(args.checkpoint, args.device, trust=args.trust, photos=photos)
     if args.info:
         return print_info(info, model)
     return predict_files(model, paths, args) if paths else draw_samples(model, args)

@@ -77,12 +77,11 @@ class Batches:
     def __init__(self, data: FolderImages, rows: np.ndarray, device: torch.device):
         self.device, self.labels = device, torch.from_numpy(data.labels[rows]).to(device)
         self._images, self._rows, self._resident = np.asarray(data.images), np.asarray(rows), None
-        if device.type == "cuda":
-            shape = (len(rows), *self._images.shape[1:])
-            if math.prod(shape) < torch.cuda.mem_get_info(device)[0] / 4:
-                self._resident = torch.empty(shape, dtype=torch.uint8, device=device)
-                for start, stop in batch_bounds(len(rows), 4096):  # so that memory never holds the whole set
-                    self._resident[start:stop] = torch.from_numpy(self._images[self._rows[start:stop]])
+        shape = (len(rows), *self._images.shape[1:])
+        if device.type == "cuda" and math.prod(shape) < torch.cuda.mem_get_info(device)[0] / 4:
+            self._resident = torch.empty(shape, dtype=torch.uint8, device=device)
+            for start, stop in batch_bounds(len(rows), 4096):  # so that memory never holds the whole set
+                self._resident[start:stop] = torch.from_numpy(self._images[self._rows[start:stop]])
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -120,11 +119,7 @@ def draw_order(labels: torch.Tensor, sampler: str, *, seed: int) -> torch.Tensor
 
 @dataclass
 class Splits:
-    """What a training run works on.
-
-    `in_train` marks the images of test (of val, without a test/) that are also in train, bool (N,), or is None.
-    `val_source` names where validation came from, `notes` are lines for the user.
-    """
+    """What a training run works on."""
 
     train: Batches
     val: Batches
@@ -133,9 +128,9 @@ class Splits:
     spec: InputSpec
     trained_on: str
     split_hash: str
-    val_source: str
-    in_train: np.ndarray | None
-    notes: list[str]
+    val_source: str  # where validation came from
+    in_train: np.ndarray | None  # bool (N,): which images of test (of val, without a test/) are also in train
+    notes: list[str]  # lines for the user
 
 
 def load_splits(
@@ -170,14 +165,13 @@ def load_splits(
         train_rows, val_rows = split_train_val(train.labels, train.digests, val_fraction, seed)
     if len(val_rows) == 0 or len(train_rows) < 2:
         raise InputError(f"{len(train)} images in {train.folder} are too few to train and validate on")
-    is_sample = is_sample_set(train.paths)
     return Splits(
         train=Batches(train, train_rows, device),
         val=Batches(val or train, val_rows, device),
         test=Batches(test, np.arange(len(test)), device) if test else None,
         class_names=train.class_names,
         spec=spec,
-        trained_on=SAMPLE_SET if is_sample else printable(Path(data_dir).resolve().name),
+        trained_on=SAMPLE_SET if is_sample_set(train.paths) else printable(Path(data_dir).resolve().name),
         split_hash=hash_split((train, train_rows), (val or train, val_rows)),
         val_source=f"{val.folder.name}/" if val else "from train/",
         in_train=find_duplicates(train, test or val) if test or val else None,
@@ -216,9 +210,8 @@ def load_split(
     if folders and not is_share and split not in folders:
         raise InputError(f"no folder {Path(data_dir) / split}; pass --split {'test' if 'test' in folders else 'val'}")
     folder = folders["train" if is_share else split] if folders else data_dir
-    options = {"class_names": info.class_names, "cache_dir": cache_dir, "strict": strict}
-    data, in_train = FolderImages(folder, info.input_spec, **options), None
-    rows = np.arange(len(data))
+    data = FolderImages(folder, info.input_spec, class_names=info.class_names, cache_dir=cache_dir, strict=strict)
+    rows, in_train = np.arange(len(data)), None
     if is_share:
         train_rows, val_rows = split_train_val(data.labels, data.digests, val_fraction, seed)
         if len(val_rows) == 0:

@@ -9,11 +9,13 @@ or right, ...) goes one way in every second image. Moved images repeat their edg
 accuracies.
 """
 
+import io
 from collections.abc import Callable
 
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from PIL import Image
 from torch.nn import functional as F
 from torchvision.transforms.v2 import functional as transforms
 
@@ -41,7 +43,12 @@ def lose_resolution(images: torch.Tensor, share: float) -> torch.Tensor:
 
 
 def compress(images: torch.Tensor, quality: int) -> torch.Tensor:
-    return torch.stack([transforms.jpeg(image, quality) for image in images])
+    changed = []
+    for image in images:
+        file = io.BytesIO()
+        transforms.to_pil_image(image).save(file, "JPEG", quality=quality)
+        changed.append(transforms.pil_to_tensor(Image.open(file)))
+    return torch.stack(changed)
 
 
 def cover(images: torch.Tensor, share: float) -> torch.Tensor:

@@ -134,8 +134,8 @@ def test_batch_norm_and_validation_are_of_all_images(root, alone):
 
 
 def test_one_process_prints_and_all_see_a_mistake(root, together):
-    assert ", 2 processes\n" in together and together.count("Split: val, 19 ") == 5
-    assert together.count("epoch 2/2") == 3 and together.count("epoch 4/4") == 2
+    assert ", 2 processes\n" in together and together.count("Split: val, 19 ") == 6
+    assert together.count("epoch 2/2") == 4 and together.count("epoch 4/4") == 2
     assert [together.count(message) for message in MISTAKES.values()] == [2, 2, 2, 2]
     assert not (root / "mistake" / FINAL_NAME).exists()
 
