@@ -106,6 +106,7 @@ class Recipe:
     weight_decay: float = 0.0
     schedule: str = "none"
     class_weights: str = "none"
+    logit_adjustment: float = 0.0
     label_smoothing: float = 0.0
     mixup: float = 0.0
     ema: float = 0.0
@@ -309,13 +310,15 @@ class _SEBlock(nn.Module):
 @register(
     "seresnet13",
     Recipe(
-        epochs=70,
-        batch_size=128,
+        epochs=40,
+        batch_size=160,
         optimizer="muon",
-        lr=0.02,
+        lr=0.03,
         weight_decay=0.05,
         schedule="linear",
-        augment="flip,rotation=10,translate=0.05,scale=0.1,window=0.83,brightness=0.2,contrast=0.2,erase=0.25",
+        augment="flip,rotation=12,translate=0.06,scale=0.15,window=0.83,brightness=0.2,contrast=0.4,gamma=0.4,blur=1.2,"
+        "noise=0.06,erase=0.25",
+        logit_adjustment=0.5,
         label_smoothing=0.1,
         ema=0.999,
     ),

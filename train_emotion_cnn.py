@@ -44,7 +44,15 @@ from engine.evaluation import evaluate, fit_temperature, loss_and_accuracy, meas
 from engine.optim import OPTIMIZERS, SCHEDULES, Ema, make_optimizer, make_scheduler
 from engine.pretrained import freeze, load_imagenet_weights, load_initial_weights, load_teacher
 from engine.settings import Settings
-from engine.step import CLASS_WEIGHTS, TrainStep, check_finite, make_class_weights, seed_for, train_one_epoch
+from engine.step import (
+    CLASS_WEIGHTS,
+    TrainStep,
+    check_finite,
+    make_class_weights,
+    make_logit_adjustment,
+    seed_for,
+    train_one_epoch,
+)
 from errors import InputError, printable
 from faces.detector import warn_of_photos
 from models import count_parameters, create_model, device_of, get_arch, input_spec_for, list_archs
@@ -102,6 +110,13 @@ def add_training_flags(parser: ArgumentParser) -> None:
     add("--weight-decay", type=number(float, 0), help="L2 penalty of adam and sgd; decoupled for adamw and muon")
     add("--schedule", choices=SCHEDULES, help="of the learning rate")
     add("--class-weights", choices=CLASS_WEIGHTS, help="weigh rare classes more in the loss")
+    add(
+        "--logit-adjustment",
+        default=0.0,
+        type=number(float, 0),
+        metavar="TAU",
+        help="add TAU * log(class share) in the loss; 0 is off",
+    )
     add("--label-smoothing", type=SHARE, help="share of the target spread over all classes")
     add("--mixup", type=number(float, 0), metavar="ALPHA", help="blend pairs of images, such as 0.2; 0 is off")
     add("--ema", type=SHARE, metavar="DECAY", help="average the weights, such as 0.999; 0 is off")
@@ -281,6 +296,7 @@ def make_step(settings: Settings, splits: Splits, model: nn.Module, group: Proce
         precision=precision,
         scheduler=make_scheduler(settings.schedule, optimizer, total_steps=total_steps),
         class_weights=make_class_weights(settings.class_weights, class_counts),
+        logit_adjustment=make_logit_adjustment(settings.logit_adjustment, class_counts),
         label_smoothing=settings.label_smoothing,
         mixup=settings.mixup,
         teachers=[load_teacher(path, model, any_size=strengths.window < 1) for path in settings.teacher or ()],

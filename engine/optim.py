@@ -91,12 +91,13 @@ class Muon(torch.optim.AdamW):
 def orthogonalize(matrices: torch.Tensor) -> torch.Tensor:
     """(N, rows, columns) -> the same singular vectors, and singular values near 1 (0.7 to 1.2).
 
-    Five Newton-Schulz steps, with the coefficients of Jordan et al. 2024.
+    Four Newton-Schulz steps, with the coefficients of Jordan et al. 2024, whose fifth lifts only values below 0.005 of
+    the matrix's norm.
     """
     is_tall = matrices.shape[1] > matrices.shape[2]
     x = matrices.mT if is_tall else matrices
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
-    for _ in range(5):
+    for _ in range(4):
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
     return x.mT if is_tall else x

@@ -38,6 +38,7 @@ class Settings:
     weight_decay: float
     schedule: str
     class_weights: str
+    logit_adjustment: float
     label_smoothing: float
     mixup: float
     ema: float

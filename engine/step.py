@@ -53,12 +53,23 @@ def make_class_weights(kind: str, counts: list[int]) -> list[float]:
     return weights.tolist()
 
 
+def make_logit_adjustment(tau: float, counts: list[int]) -> list[float]:
+    """tau * log(share of the images), per class, to add to the logits in the loss: Menon et al. 2021, arXiv:2007.07314.
+
+    Predictions go without it, so they favor rare classes: with tau 1, as if all classes were equally frequent.
+    """
+    if tau and min(counts) == 0:
+        raise InputError("--logit-adjustment needs an image of every class to train on")
+    return [tau * math.log(count / sum(counts)) if tau else 0.0 for count in counts]
+
+
 class TrainStep:
     """One optimizer step on one batch: augment, mix, forward, loss, backward, clip, update, schedule, EMA.
 
     `augment(images, generator=...)` maps uint8 images (N, C, H, W) to normalized float32 inputs. The loss is the
     cross-entropy with soft targets (N, num_classes), divided by the number of images:
 
+    - `logit_adjustment` (num_classes,) is added to the logits;
     - the target of a class is one-hot, smoothed by `label_smoothing`, times `class_weights` (num_classes,);
     - `mixup` blends each image and its target with another's, by a weight from Beta(mixup, mixup): Zhang et al.
       2018, arXiv:1710.09412;
@@ -80,6 +91,7 @@ class TrainStep:
         precision: torch.dtype = torch.float32,
         scheduler=None,
         class_weights: Sequence[float] | None = None,
+        logit_adjustment: Sequence[float] | None = None,
         label_smoothing: float = 0.0,
         mixup: float = 0.0,
         teachers: Sequence[nn.Module] = (),
@@ -99,6 +111,7 @@ class TrainStep:
         classes = torch.eye(model.info.num_classes, device=self.device)
         smoothed = (1 - label_smoothing) * classes + label_smoothing / len(classes)
         weights = torch.ones(len(classes)) if class_weights is None else torch.tensor(class_weights)
+        self.logit_adjustment = torch.tensor(logit_adjustment or [0.0], device=self.device)
         self.class_targets = smoothed * weights.to(self.device)  # (num_classes, num_classes), a row per label
 
     @property
@@ -140,7 +153,7 @@ class TrainStep:
             with contextlib.nullcontext() if sync_gradients else self.wrapped_model.no_sync():
                 with autocast(self.device, self.precision):
                     logits = self.wrapped_model(part)
-                loss = F.cross_entropy(logits.float(), target, reduction="sum")
+                loss = F.cross_entropy(logits.float() + self.logit_adjustment, target, reduction="sum")
                 self.scaler.scale(loss * loss_scale).backward()
             loss_sum = loss_sum + loss.detach()
             correct = correct + (logits.detach().argmax(1) == label).sum()
