@@ -100,23 +100,11 @@ def add_training_flags(parser: ArgumentParser) -> None:
     add("--augment", help=f"{', '.join(PRESETS)}, or strengths such as {EXAMPLE}")
     add("--optimizer", choices=OPTIMIZERS, help="muon and sgd have Nesterov momentum 0.9")
     add("--lr", type=number(float, 1e-9), help="learning rate; of onecycle and linear the peak")
-    add(
-        "--backbone-lr",
-        default=1.0,
-        type=number(float, 0, 1),
-        metavar="SHARE",
-        help="of --lr, for trained layers before the classifier",
-    )
+    add("--backbone-lr", default=1.0, type=number(float, 0, 1), help="share of --lr for trained layers below the head")
     add("--weight-decay", type=number(float, 0), help="L2 penalty of adam and sgd; decoupled for adamw and muon")
     add("--schedule", choices=SCHEDULES, help="of the learning rate")
     add("--class-weights", choices=CLASS_WEIGHTS, help="weigh rare classes more in the loss")
-    add(
-        "--logit-adjustment",
-        default=0.0,
-        type=number(float, 0),
-        metavar="TAU",
-        help="add TAU * log(class share) in the loss; 0 is off",
-    )
+    add("--logit-adjustment", default=0.0, type=number(float, 0), help="add this * log(class share) in the loss")
     add("--label-smoothing", type=SHARE, help="share of the target spread over all classes")
     add("--mixup", type=number(float, 0), metavar="ALPHA", help="blend pairs of images, such as 0.2; 0 is off")
     add("--ema", type=SHARE, metavar="DECAY", help="average the weights, such as 0.999; 0 is off")
@@ -125,13 +113,7 @@ def add_training_flags(parser: ArgumentParser) -> None:
     add("--teacher", nargs="+", action="extend", metavar="PATH", help="checkpoints to learn from, too")
     add("--grad-accum", default=1, type=number(int, 1), metavar="N", help="split a batch into N passes: less memory")
     add("--clip-grad", default=0.0, type=number(float, 0), metavar="NORM", help="clip the gradient's norm; 0 is off")
-    add(
-        "--early-stopping",
-        default=0,
-        type=number(int, 0),
-        metavar="N",
-        help="stop after N epochs without a new best; 0: never",
-    )
+    add("--early-stopping", default=0, type=number(int, 0), metavar="N", help="stop after N epochs without a best")
 
 
 def parse_settings(argv: list[str] | None) -> tuple[Settings, dict | None]:

@@ -194,13 +194,15 @@ def test_the_tables_of_recipes_and_presets_are_as_the_code():
     assert set(rows) == set(list_archs())
     for arch, row in rows.items():
         recipe = ARCHS[arch].recipe
-        optimizer = {"adam": "Adam", "adamw": "AdamW"}[recipe.optimizer]
+        optimizer = {"adam": "Adam", "muon": "Muon"}[recipe.optimizer]
         decay = f", weight decay {recipe.weight_decay}" if recipe.weight_decay else ""
         ema = f"; EMA {recipe.ema}" if recipe.ema else ""
         loss = {"none": "cross-entropy", "balanced": "weighted by n / (classes * n_class)"}[recipe.class_weights]
+        loss += f", logit adjustment {recipe.logit_adjustment}" if recipe.logit_adjustment else ""
         loss += f", label smoothing {recipe.label_smoothing}" if recipe.label_smoothing else ""
         schedule, batch, epochs = recipe.schedule, str(recipe.batch_size), str(recipe.epochs)
-        assert row == [f"{optimizer}{decay}, {recipe.lr}{ema}", schedule, batch, epochs, recipe.augment, loss]
+        lr = f"{recipe.lr}, {recipe.backbone_lr} times below the head" if recipe.backbone_lr != 1 else f"{recipe.lr}"
+        assert row == [f"{optimizer}{decay}, {lr}{ema}", schedule, batch, epochs, recipe.augment, loss]
     presets = table("docs/training.md", "preset of `--augment` | strengths")
     assert {name: parse_augment(text) for name, (text,) in presets.items()} | {"none": Strengths()} == PRESETS
 

@@ -19,11 +19,12 @@ from models import create_model
 from train_emotion_cnn import main
 
 RECIPES = {
-    "plateau": "--epochs 4 --schedule plateau --ema 0.9 --augment strong --class-weights sqrt --dropout 0.2",
+    "plateau": "--epochs 4 --schedule plateau --ema 0.9 --augment strong --class-weights sqrt --dropout 0.2 "
+    "--logit-adjustment 0.5",
     "onecycle": "--epochs 12 --optimizer sgd --lr 0.02 --schedule onecycle --mixup 0.2 --sampler balanced "
     "--label-smoothing 0.1 --grad-accum 2 --clip-grad 1 --augment light",
     "early stopping": "--epochs 30 --early-stopping 2 --lr 0.02",
-    "default": "--arch seresnet13 --epochs 3 --batch-size 8",  # windows, one-cycle, AdamW, EMA and smoothing
+    "default": "--arch seresnet13 --epochs 3 --batch-size 8",  # windows, Muon, EMA, smoothing and logit adjustment
 }
 
 

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from engine.evaluation import evaluate, loss_and_accuracy
-from engine.step import TrainStep, make_class_weights, seed_for, train_one_epoch
+from engine.step import TrainStep, make_class_weights, make_logit_adjustment, seed_for, train_one_epoch
 from models import InputSpec, ModelInfo, create_model, last_layer
 from preprocessing import to_input
 from splits import Batches
@@ -95,6 +95,19 @@ def test_balanced_and_sqrt_class_weights():
     assert make_class_weights("balanced", [10, 30, 20]) == pytest.approx([2, 2 / 3, 1])
     assert make_class_weights("sqrt", [10, 40]) == pytest.approx([5 / 3, 5 / 6])  # 50 in all, as the images
     assert "--class-weights" in refusal(make_class_weights, "balanced", [5, 0])
+
+
+def test_logit_adjustment_is_in_the_loss_alone():
+    offsets = make_logit_adjustment(0.5, [1, 4, 5])
+    assert offsets == pytest.approx([0.5 * np.log(share) for share in (0.1, 0.4, 0.5)])
+    assert make_logit_adjustment(0.0, [0, 5]) == [0.0, 0.0]
+    assert "--logit-adjustment" in refusal(make_logit_adjustment, 0.5, [0, 5])
+    model, (images, labels) = plain_model(), draw_images(8)
+    logits = model(augment(images)).detach()
+    loss, correct = TrainStep(model, sgd(model), augment, logit_adjustment=offsets)(images, labels)
+    expected = F.cross_entropy(logits + torch.tensor(offsets), labels, reduction="sum")
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    assert correct.item() == (logits.argmax(1) == labels).sum().item()
 
 
 def test_mixup_blends_images_and_losses():
