@@ -25,16 +25,16 @@ def make_optimizer(
     Layers before the classifier have `backbone_lr` times the learning rate. With Muon, 0.15 times the learning rate is
     AdamW's, which has everything but the `hidden_matrices`. `precision` is that of Muon's matrix products.
     """
-    entry = get_arch(model.info.arch) if backbone_lr != 1 else None
-    classifier = set((model.get_submodule(entry.head) if entry else model).parameters())
+    classifier = model if backbone_lr == 1 else model.get_submodule(get_arch(model.info.arch).head)
+    at_full_rate = set(classifier.parameters())
     matrices = hidden_matrices(model) if name == "muon" else set()
     parts: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for parameter in model.parameters():
         if parameter.requires_grad:
-            parts.setdefault((parameter in classifier, parameter in matrices), []).append(parameter)
+            parts.setdefault((parameter in at_full_rate, parameter in matrices), []).append(parameter)
     groups = []
-    for (in_classifier, is_matrix), parameters in parts.items():
-        rate = lr * (1 if in_classifier else backbone_lr) * (0.15 if name == "muon" and not is_matrix else 1)
+    for (is_full, is_matrix), parameters in parts.items():
+        rate = lr * (1 if is_full else backbone_lr) * (0.15 if name == "muon" and not is_matrix else 1)
         groups.append({"params": parameters, "lr": rate, "muon": is_matrix})
     if name == "muon":
         return Muon(groups, weight_decay=weight_decay, precision=precision)
