@@ -10,7 +10,9 @@ accuracies.
 """
 
 import io
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -20,10 +22,15 @@ from torch.nn import functional as F
 from torchvision.transforms.v2 import functional as transforms
 
 from console import ArgumentParser, number, run_script
-from device import PRECISIONS, autocast, pick_device, pick_precision
+from device import PRECISIONS, pick_device, pick_precision
+from engine.evaluation import evaluate, loss_and_accuracy
 from inference import BUNDLED, load_model
-from preprocessing import to_input
 from splits import Batches, load_split
+
+
+def alternate(count: int, first: float, second: float) -> torch.Tensor:
+    """float32 (count,): `first` for the images at even positions, `second` for the others."""
+    return torch.tensor([first, second]).repeat(count)[:count]
 
 
 def add_noise(images: torch.Tensor, sigma: float) -> torch.Tensor:
@@ -32,14 +39,14 @@ def add_noise(images: torch.Tensor, sigma: float) -> torch.Tensor:
 
 
 def change_gamma(images: torch.Tensor, gamma: float) -> torch.Tensor:
-    exponents = torch.tensor([gamma, 1 / gamma]).repeat(len(images))[: len(images)]
+    exponents = alternate(len(images), gamma, 1 / gamma)
     return (255 * (images / 255) ** exponents.view(-1, 1, 1, 1)).round().byte()
 
 
 def lose_resolution(images: torch.Tensor, share: float) -> torch.Tensor:
     """Reduced to a `share` of the side, and enlarged again."""
-    size, options = list(images.shape[2:]), {"antialias": True}
-    return transforms.resize(transforms.resize(images, [round(share * side) for side in size], **options), size)
+    size = list(images.shape[2:])
+    return transforms.resize(transforms.resize(images, [round(share * side) for side in size]), size)
 
 
 def compress(images: torch.Tensor, quality: int) -> torch.Tensor:
@@ -55,9 +62,8 @@ def cover(images: torch.Tensor, share: float) -> torch.Tensor:
     """A black square over a `share` of the area, anywhere."""
     images, height, width = images.clone(), *images.shape[2:]
     side = round((share * height * width) ** 0.5)
-    for image, (x, y) in zip(
-        images, torch.rand(len(images), 2, generator=torch.Generator().manual_seed(0)), strict=True
-    ):
+    places = torch.rand(len(images), 2, generator=torch.Generator().manual_seed(0))
+    for image, (x, y) in zip(images, places, strict=True):
         top, left = int(y * (height - side + 1)), int(x * (width - side + 1))
         image[:, top : top + side, left : left + side] = 0
     return images
@@ -66,7 +72,7 @@ def cover(images: torch.Tensor, share: float) -> torch.Tensor:
 def move(images: torch.Tensor, *, shift: float = 0.0, zoom: float = 1.0, tilt: float = 0.0) -> torch.Tensor:
     """By a `shift` (share of the side) to a corner, a factor of `zoom`, a `tilt` in degrees; images at odd positions
     the other way."""
-    way = torch.tensor([1.0, -1.0]).repeat(len(images))[: len(images)]
+    way = alternate(len(images), 1.0, -1.0)
     angle, scale, offset = torch.deg2rad(tilt * way), zoom**-way, 2 * shift * way
     cos, sin = scale * angle.cos(), scale * angle.sin()
     theta = torch.stack([cos, -sin, offset, sin, cos, offset]).t().reshape(-1, 2, 3)
@@ -88,23 +94,32 @@ CORRUPTIONS: dict[str, tuple[Callable[..., torch.Tensor], tuple[float, ...]]] = 
 }
 
 
-@torch.inference_mode()
-def count_right(model, images: torch.Tensor, labels: torch.Tensor, precision: torch.dtype) -> int:
-    """`images` uint8 (N, C, H, W), `labels` int64 (N,)."""
-    inputs = to_input(images.to(labels.device), model.info.input_spec)
-    with autocast(labels.device, precision):
-        return int((model(inputs).argmax(1) == labels).sum())
+@dataclass
+class Corrupted:
+    """`batches` as evaluate() takes them, with every image corrupted."""
+
+    batches: Batches
+    corrupt: Callable[..., torch.Tensor]
+    level: float
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def iterate(self, batch_size: int, order: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        for images, labels in self.batches.iterate(batch_size, order):
+            yield self.corrupt(images.cpu(), self.level).to(labels.device), labels
 
 
 def measure(model, batches: Batches, precision: torch.dtype) -> tuple[float, np.ndarray]:
     """Accuracy (fractions) as the images are, and float64 (10, 5) under each corruption and severity."""
-    clean, right = 0, np.zeros((len(CORRUPTIONS), 5))
-    for images, labels in batches.iterate(512):
-        clean, images = clean + count_right(model, images, labels, precision), images.cpu()
-        for row, (corrupt, levels) in enumerate(CORRUPTIONS.values()):
-            for column, level in enumerate(levels):
-                right[row, column] += count_right(model, corrupt(images, level), labels, precision)
-    return clean / len(batches), right / len(batches)
+
+    def accuracy(images: Batches | Corrupted) -> float:
+        return loss_and_accuracy(*evaluate(model, images, batch_size=512, precision=precision))[1]
+
+    rows = [
+        [accuracy(Corrupted(batches, corrupt, level)) for level in levels] for corrupt, levels in CORRUPTIONS.values()
+    ]
+    return accuracy(batches), np.array(rows)
 
 
 def format_table(name: str, clean: float, accuracies: np.ndarray) -> str:
@@ -119,13 +134,15 @@ def format_table(name: str, clean: float, accuracies: np.ndarray) -> str:
 def plot(results: dict[str, tuple[float, np.ndarray]], path: str) -> None:
     """A panel for each corruption, accuracy over severity, a line for each model; severity 0 is the clean image."""
     figure = Figure(figsize=(13, 6), layout="constrained", dpi=130)
-    for number_, (axes, corruption) in enumerate(
-        zip(figure.subplots(2, 5, sharey=True).flat, CORRUPTIONS, strict=True)
-    ):
+    panels = figure.subplots(2, 5, sharex=True, sharey=True)
+    for row, (axes, corruption) in enumerate(zip(panels.flat, CORRUPTIONS, strict=True)):
         for name, (clean, accuracies) in results.items():
-            axes.plot(range(6), [100 * clean, *100 * accuracies[number_]], marker="o", label=name)
-        axes.set(title=corruption, xlabel="Severity", ylabel="Accuracy (%)" if number_ % 5 == 0 else None)
+            axes.plot(range(6), [100 * clean, *100 * accuracies[row]], marker="o", label=name)
+        axes.set(title=corruption, xticks=range(6))
         axes.grid(alpha=0.3)
+    for axes in panels[1]:
+        axes.set_xlabel("Severity")
+    figure.supylabel("Accuracy (%)")
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center")
     figure.savefig(path, format="png")
 
@@ -135,7 +152,13 @@ def main() -> None:
     add = parser.add_argument
     add("--data-dir", metavar="DIR", default=".", help="holds the images, as for evaluate_emotion.py")
     add("--split", default="val", choices=("test", "val", "train"), help="of --data-dir")
-    add("--checkpoint", nargs="+", default=[str(BUNDLED)], metavar="PATH", help="(default: the bundled model)")
+    add(
+        "--checkpoint",
+        nargs="+",
+        default=[os.path.relpath(BUNDLED)],
+        metavar="PATH",
+        help="(default: the bundled model)",
+    )
     add("--limit", type=number(int, 1), metavar="N", help="measure N images, drawn once, instead of all")
     add("--precision", default="fp32", choices=PRECISIONS, help="auto is bf16 if the hardware has it")
     add("--plot", metavar="FILE", help="draw the accuracies to a PNG file")
