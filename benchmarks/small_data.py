@@ -126,7 +126,8 @@ def main() -> None:
     print("\n| images per class | from scratch | from the other emotions |\n| --- | --- | --- |", flush=True)
     for count in args.counts:
         names = [f"few_{count}_{seed}" for seed in range(args.seeds)] if count < TRAIN else ["four"]
-        options = ["--lr", args.lr, "--epochs", round(epochs * math.sqrt(TRAIN / min(count, TRAIN)))]
+        longer = math.sqrt(TRAIN / min(count, TRAIN))
+        options = ["--optimizer", "adamw", "--lr", args.lr, "--epochs", round(epochs * longer)]
         options += ["--batch-size", 32] if count < TRAIN else []
         cells = [f"{min(count, TRAIN):,}"]
         for way, start in (("scratch", ()), ("others", ("--weights", others / BEST_NAME))):
