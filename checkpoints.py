@@ -7,33 +7,71 @@ Example::
 """
 
 import contextlib
+import io
 import math
 import os
 import pickle
+import pickletools
 import re
 import time
 import warnings
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from errors import InputError, printable, reason_of
-from models import ModelInfo, create_model, input_spec_for
+from models import InputSpec, ModelInfo, create_model, input_spec_for
 
 FORMAT_VERSION = 2
 # Version 1 kept a scratch network as one nn.Sequential. Its first layers are `features` now, the rest `classifier`.
 V1_FEATURES = {"cnn6_bn": 24, "cnn6_rgb": 19, "cnn4_bn": 16, "cnn4": 13, "seresnet13": 11}
-MAX_CLASSES = 10_000
-MAX_INFLATION = 10  # of a compressed file; float32 weights hardly shrink
 PATHS = ("data_dir", "weights", "teacher", "cache_dir", "tensorboard")  # settings that name places on the machine
 BEST_NAME, FINAL_NAME = "best_emotion_model.pth", "final_emotion_model.pth"
 PREVIOUS_NAME = "best_emotion_model.previous.pth"  # the best checkpoint of an earlier run in the same folder
-# What a checkpoint holds next to its weights: the keys of ModelInfo.to_dict, then those of the run.
-_TYPES = dict(arch=str, num_classes=int, class_names=list, input_spec=dict, temperature=float, trained_on=str)
-_TYPES |= dict(epoch=int, metrics=dict, config=dict)
+# What the pickle in a checkpoint may refer to. torch.load allows more, of which some makes any amount of memory of a
+# number: bytearray, UntypedStorage, the classes of tensors.
+_HARMLESS = re.compile(
+    r"torch\.(\w+Storage|b?float\w+|u?int\d+|bool|complex\d+|Size|device)|torch\._utils\._rebuild_(tensor(_v2)?|parameter)"
+    r"|torch\.nn\.parameter\.Parameter|collections\.(OrderedDict|Counter)|(__builtin__|builtins)\.set|_codecs\.encode"
+)
 
+
+def _is_text(value) -> bool:
+    return isinstance(value, str) and value.isprintable()
+
+
+def _is_number(value) -> bool:
+    return (isinstance(value, float) and math.isfinite(value)) or (type(value) is int and abs(value) < 2**53)
+
+
+def _is_plain(value) -> bool:
+    is_list = isinstance(value, list) and all(map(_is_text, value))
+    return value is None or isinstance(value, bool) or _is_number(value) or _is_text(value) or is_list
+
+
+def _is_table(value, is_valid: Callable) -> bool:
+    return isinstance(value, dict) and all(map(_is_text, value)) and all(map(is_valid, value.values()))
+
+
+# What a checkpoint holds next to its weights: the keys of ModelInfo.to_dict, then those of the run. A value that comes
+# from a file is checked here, and nowhere else.
+_SCHEMA: dict[str, tuple[str, Callable]] = {
+    "arch": ("the name of an arch", lambda value: isinstance(value, str) and re.fullmatch(r"\w+", value)),
+    "class_names": (
+        "a list of 2 to 10,000 different names",
+        lambda value: isinstance(value, list) and all(map(_is_text, value)) and 2 <= len({*value}) == len(value) <= 1e4,
+    ),
+    "num_classes": ("the number of class_names", lambda value: type(value) is int),
+    "input_spec": ("an input_spec", lambda value: InputSpec.from_dict(value)),
+    "temperature": ("a number from 0.01 to 100", lambda value: isinstance(value, float) and 0.01 <= value <= 100),
+    "trained_on": ("text", lambda value: isinstance(value, str)),
+    "epoch": ("a number of epochs", lambda value: type(value) is int and 0 <= value < 2**31),
+    "metrics": ("a dict of finite numbers", lambda value: _is_table(value, _is_number)),
+    "config": ("a dict of plain values", lambda value: _is_table(value, _is_plain)),
+}
 
 def make_checkpoint(model: nn.Module, *, epoch: int, metrics: dict, config: dict) -> dict:
     """The checkpoint of `model` (bare, not wrapped) as a dict; `metrics` and `config` must hold plain values.
@@ -73,11 +111,22 @@ def replace_file(path: str | Path, write) -> None:
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
         _replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch reports a failed write as a RuntimeError
+        flush_folder(path.parent)
+    except (OSError, RuntimeError) as error:  # some libraries report a failed write as a RuntimeError
         raise InputError(f"can't write {path}: {getattr(error, 'strerror', None) or reason_of(error)}") from None
     finally:
         with contextlib.suppress(OSError):  # gone already, or never made
             temporary.unlink()
+
+
+def flush_folder(folder: Path) -> None:
+    """Makes the names of new files in `folder` outlive a power cut, where the system can."""
+    with contextlib.suppress(OSError):  # Windows opens no folders
+        number = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(number)
+        finally:
+            os.close(number)
 
 
 def _replace(source: Path, target: Path) -> None:
@@ -92,23 +141,20 @@ def _replace(source: Path, target: Path) -> None:
 def save_checkpoint(checkpoint: dict, path: str | Path) -> None:
     """Writes `checkpoint` atomically; raises InputError if `path` can't be written."""
 
-    def write(temporary: Path) -> None:
-        with temporary.open("wb") as file:  # given a path, torch writes its name into the file
-            torch.save(checkpoint, file)
-
-    replace_file(path, write)
+    content = io.BytesIO()  # torch would report a full disk as a failed assertion
+    torch.save(checkpoint, content)
+    replace_file(path, lambda temporary: temporary.write_bytes(content.getbuffer()))
 
 
 def load_file(path: Path):
-    """What torch.load makes of `path` without running code; InputError with one line if it refuses."""
+    """What torch.load makes of `path` without running code; InputError with one line if it refuses.
+
+    What is allocated is bounded by the size of the file.
+    """
     try:
         if not path.is_file():
             raise InputError(f"{path} is not a file" if path.exists() else f"no checkpoint at {path}")
-        if _unpacked_size(path) > MAX_INFLATION * path.stat().st_size:  # torch reads compressed archives too
-            raise InputError(
-                f"{path} would unpack to over {MAX_INFLATION} times its size, so it is not read; save it "
-                "with torch.save, which does not compress"
-            )
+        _check_pickles(path)
         with warnings.catch_warnings(action="ignore"):  # about files that are refused right after
             return torch.load(path, map_location="cpu", weights_only=True)
     except InputError:
@@ -119,6 +165,35 @@ def load_file(path: Path):
         raise InputError(f"{path} is no checkpoint: {_what_is_wrong(path)}") from None
 
 
+def _check_pickles(path: Path) -> None:
+    """InputError for an archive that is larger inside than outside, and for a pickle that refers to what it should not.
+
+    Raises anything for damaged files.
+    """
+    with path.open("rb") as file:
+        if file.read(4) == b"PK\3\4":
+            reader = torch._C.PyTorchFileReader(str(path))  # torch.load's own: zipfile may see other entries
+            names = reader.get_all_records()
+            if "constants.pkl" in names:
+                raise ValueError("TorchScript")
+            if len({name.lower() for name in names}) < len(names):  # the reader does not tell them apart
+                raise InputError(f"{path} is refused: it holds a name twice")
+            if sum(map(reader.get_record_size, names)) > path.stat().st_size:
+                raise InputError(f"{path} is compressed; save it with torch.save, so that its size tells what it takes")
+            pickles = [io.BytesIO(reader.get_record("data.pkl"))]
+        else:
+            file.seek(0)
+            pickles = [file] * 5  # of torch before 1.6: a number, a version, the system, the content, names of storages
+        for stream in pickles:
+            for operation, value, _ in pickletools.genops(stream):
+                name = value.replace(" ", ".") if operation.name == "GLOBAL" else ""
+                if name and not _HARMLESS.fullmatch(name):
+                    raise InputError(
+                        f"{path} is no checkpoint: it refers to {name}, which could run code or fill the memory; only "
+                        "tensors and plain values are read"
+                    )
+
+
 def _names_in_zip(path: Path) -> set[str]:
     """The names of the files in a zip archive, without folders; none if it is damaged or something else."""
     try:
@@ -126,15 +201,6 @@ def _names_in_zip(path: Path) -> set[str]:
             return {name.rpartition("/")[2] for name in archive.namelist()}
     except (zipfile.BadZipFile, OSError, NotImplementedError, ValueError):
         return set()
-
-
-def _unpacked_size(path: Path) -> int:
-    """Bytes in the entries of a zip archive, as torch.load's own reader counts them; 0 for what it refuses too."""
-    try:
-        reader = torch._C.PyTorchFileReader(str(path))  # zipfile may see other entries than this one does
-        return sum(reader.get_record_size(name) for name in reader.get_all_records())
-    except (RuntimeError, AttributeError):  # the latter if a version of torch does not tell sizes
-        return 0
 
 
 def is_torchscript(path: Path) -> bool:
@@ -151,7 +217,7 @@ def _what_is_wrong(path: Path) -> str:
         if "constants.pkl" in names:
             return "it is a TorchScript file; give it a name that ends in .pt"
         if "data.pkl" in names:
-            return "it is damaged, or holds Python objects other than tensors and plain values, which could run code"
+            return "it is damaged"
         return "it is a zip archive of something else" if names else "it is damaged"
     if head[:1] == pickle.PROTO:
         return "it is a bare pickle, which could run code; save a state_dict or a checkpoint with torch.save"
@@ -233,7 +299,7 @@ def upgrade(checkpoint: dict) -> dict:
 
 def get_info(checkpoint: dict) -> dict:
     """What an exported file carries next to the weights: all of the checkpoint, without the folders of its config."""
-    info = {key: checkpoint[key] for key in ("format_version", *_TYPES)}
+    info = {key: checkpoint[key] for key in ("format_version", *_SCHEMA)}
     return info | {"config": without_folders(info["config"])}
 
 
@@ -245,26 +311,15 @@ def check_info(checkpoint: dict, path: str | Path) -> dict:
             f"{path} has checkpoint format {version!r:.50}, and this version reads 1 and {FORMAT_VERSION}: use the "
             "version of this project that wrote it"
         )
-    for key, kind in _TYPES.items():
-        if not isinstance(checkpoint.get(key), kind):
-            raise InputError(f"{path} is damaged: its {key!r} is missing or no {kind.__name__}")
-    if not re.fullmatch(r"\w+", checkpoint["arch"]):  # whether it is registered shows when it is built
-        raise InputError(f"{path} is of the unknown arch {checkpoint['arch']!r}")
-    if not 0 < checkpoint["temperature"] < math.inf:
-        raise InputError(f"{path} is damaged: its temperature is {checkpoint['temperature']}")
-    values = checkpoint["metrics"].values()
-    if not all(isinstance(value, float) or type(value) is int and abs(value) < 2**53 for value in values):
-        raise InputError(f"{path} is damaged: its metrics are not all numbers")
-    if not all(isinstance(key, str) and key.isprintable() for key in (*checkpoint["metrics"], *checkpoint["config"])):
-        raise InputError(f"{path} is damaged: its metrics and config are not all named by printable text")
-    names = checkpoint["class_names"]
-    if len(names) > MAX_CLASSES:
-        raise InputError(f"{path} has {len(names):,} classes, more than the {MAX_CLASSES:,} that are allowed")
-    if not all(isinstance(name, str) and name.isprintable() for name in names):
-        raise InputError(f"{path} is damaged: its class_names are not all printable text")
-    count, different = checkpoint["num_classes"], len(set(names))
-    if not count == different == len(names):
-        raise InputError(f"{path} is damaged: {count} classes, but {len(names)} names, {different} of them different")
+    for key, (kind, is_valid) in _SCHEMA.items():
+        try:
+            valid = key in checkpoint and is_valid(checkpoint[key])
+        except InputError as error:  # of InputSpec
+            raise InputError(f"{path} is damaged: {error}") from None
+        if not valid:
+            raise InputError(f"{path} is damaged: its {key!r} is missing or not {kind}")
+    if checkpoint["num_classes"] != len(checkpoint["class_names"]):
+        raise InputError(f"{path} is damaged: its 'num_classes' is not {len(checkpoint['class_names'])}")
     return checkpoint
 
 
@@ -280,7 +335,7 @@ def build_model(checkpoint: dict, path: str | Path = "the checkpoint") -> nn.Mod
         with warnings.catch_warnings(action="ignore"):  # that nothing is copied yet
             model.load_state_dict(state_dict)
         for key, value in state_dict.items():
-            if value.is_meta or value.nbytes > value.untyped_storage().nbytes():  # a few numbers expanded to any size
+            if value.nbytes > value.untyped_storage().nbytes():  # a few numbers expanded to any size
                 raise InputError(f"its weights are damaged: {printable(key)} is larger than what is stored of it")
         channels, expected = info.input_spec.channels, model.info.input_spec.channels
         if channels != expected:
@@ -288,15 +343,20 @@ def build_model(checkpoint: dict, path: str | Path = "the checkpoint") -> nn.Mod
         dtypes = {key: value.dtype for key, value in model.state_dict().items()}
         weights = {key: value.to(dtypes[key], copy=True) for key, value in state_dict.items()}
         model.load_state_dict(weights, assign=True)
-        for key, value in weights.items():
-            if not value.isfinite().all():
-                raise InputError(f"its weights are damaged: {printable(key)} holds NaN or infinite values")
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
     except (RuntimeError, AttributeError, TypeError) as error:
         raise InputError(f"{path}: its weights don't fit {checkpoint['arch']}: {reason_of(error, 300)}") from None
+    check_weights(weights, path)
     model.info = info
     return model.eval()
+
+
+def check_weights(state_dict: dict[str, torch.Tensor], path: str | Path) -> None:
+    """Raises InputError that names `path` for values that no training leaves."""
+    for key, value in state_dict.items():
+        if not value.isfinite().all() or (key.endswith("running_var") and (value < 0).any()):
+            raise InputError(f"{path} is damaged: {printable(key)} holds NaN, infinite or negative values")
 
 
 def find_state_dict(loaded) -> dict[str, torch.Tensor] | None:

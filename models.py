@@ -8,7 +8,6 @@ S0 "Emotion Recognition CNN Model" (four classes), S1 "Emotion Recognition with 
 Recognition using CNN (PyTorch)", S3 "Emotion Recognition Model", S4 "Facial Expression Recognition".
 """
 
-import math
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
@@ -36,20 +35,19 @@ class InputSpec:
     gray: bool = False
 
     def __post_init__(self):
-        if not (isinstance(self.image_size, int) and 8 <= self.image_size <= 2048):
-            raise InputError(f"image_size must be an integer from 8 to 2048, not {self.image_size!r}")
-        if self.channels not in (1, 3):
-            raise InputError(f"channels must be 1 (gray) or 3 (RGB), not {self.channels!r}")
-        for name in ("mean", "std"):
-            try:
-                values = tuple(float(value) for value in getattr(self, name))
-            except (TypeError, ValueError):
-                raise InputError(f"{name} must be a list of numbers, not {getattr(self, name)!r}") from None
-            if len(values) != self.channels or not all(map(math.isfinite, values)):
-                raise InputError(f"{name} needs one finite number for each of {self.channels} channels, not {values}")
-            object.__setattr__(self, name, values)
-        if min(self.std) <= 0:
-            raise InputError(f"std must be positive, not {self.std}")
+        if type(self.image_size) is not int or not 8 <= self.image_size <= 2048:
+            raise InputError(f"image_size must be an integer from 8 to 2048, not {self.image_size!r:.50}")
+        if type(self.channels) is not int or self.channels not in (1, 3):
+            raise InputError(f"channels must be 1 (gray) or 3 (RGB), not {self.channels!r:.50}")
+        if type(self.gray) is not bool:
+            raise InputError(f"gray must be True or False, not {self.gray!r:.50}")
+        for name, low, high in (("mean", -1000, 1000), ("std", 0.001, 1000)):
+            values = getattr(self, name)
+            is_list = isinstance(values, list | tuple) and len(values) == self.channels
+            if not is_list or not all(isinstance(value, int | float) and low <= value <= high for value in values):
+                limits = f"{low:g} to {high:g}, one for each channel"
+                raise InputError(f"{name} must be {self.channels} numbers from {limits}, not {values!r:.50}")
+            object.__setattr__(self, name, tuple(map(float, values)))
 
     def to_dict(self) -> dict:
         return {**asdict(self), "mean": list(self.mean), "std": list(self.std)}

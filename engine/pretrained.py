@@ -8,6 +8,7 @@ from torch import nn
 
 from checkpoints import (
     build_model,
+    check_weights,
     find_state_dict,
     is_checkpoint,
     load_file,
@@ -91,8 +92,7 @@ def _load_matching(model: nn.Module, theirs: dict[str, torch.Tensor], path: str 
         model.load_state_dict({**state_dict, **kept})
     except (RuntimeError, KeyError, AttributeError) as error:
         raise InputError(f"--weights {path} doesn't fit --arch {model.info.arch}: {reason_of(error, 300)}") from None
-    if not all(value.isfinite().all() for value in model.state_dict().values()):
-        raise InputError(f"--weights {path} is damaged: it holds NaN or infinite values")
+    check_weights(model.state_dict(), f"--weights {path}")
     how = "" if state_dict is theirs else ", in order, since their names are others"
     if not keep_last:
         how = f" but the last layer's{how}: other classes or size, {there} there and {here} here"
