@@ -73,6 +73,7 @@ _SCHEMA: dict[str, tuple[str, Callable]] = {
     "config": ("a dict of plain values", lambda value: _is_table(value, _is_plain)),
 }
 
+
 def make_checkpoint(model: nn.Module, *, epoch: int, metrics: dict, config: dict) -> dict:
     """The checkpoint of `model` (bare, not wrapped) as a dict; `metrics` and `config` must hold plain values.
 

@@ -1,22 +1,30 @@
 """What the scripts share as command lines: one line for a user's mistake, exit codes, folders to write to."""
 
 import argparse
+import contextlib
 import math
 import os
+import signal
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from device import is_out_of_memory, keep_freed_memory, limit_threads
+from device import is_out_of_memory, limit_threads, torchrun_ranks
 from errors import InputError
 
 
 def run_script(main: Callable[[], int | None]) -> None:
-    """Runs a script's `main`: exit code 2 and one line for the user's mistakes, 130 for Ctrl-C."""
+    """Runs a script's `main`: exit code 2 and one line for the user's mistakes, 130 for Ctrl-C.
+
+    A closed terminal and what `docker stop` sends are Ctrl-C too, except that torchrun ends its processes by itself.
+    """
     limit_threads()
-    keep_freed_memory()
+    for name in ("SIGTERM", "SIGHUP") if torchrun_ranks() is None else ():
+        number = getattr(signal, name, None)  # Windows has one of them
+        if number and signal.getsignal(number) == signal.SIG_DFL:  # nohup has a run ignore SIGHUP
+            signal.signal(number, signal.default_int_handler)
     warnings.filterwarnings("ignore", module="PIL")  # it refuses these images anyway, or reads them
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # notebooks have streams of their own
@@ -41,7 +49,7 @@ def run_script(main: Callable[[], int | None]) -> None:
     except BrokenPipeError:  # `| head` has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 1
-    if "TORCHELASTIC_RUN_ID" in os.environ:  # gloo's threads may outlive the group, and abort a slower end
+    if torchrun_ranks():  # gloo's threads may outlive the group, and abort a slower end
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
@@ -77,7 +85,21 @@ class ArgumentParser(argparse.ArgumentParser):
         super().__init__(**{"allow_abbrev": False, "formatter_class": _HelpFormatter, **options})
 
     def error(self, message: str):
-        self.exit(2, f"error: {message}\n")
+        raise InputError(message)
+
+
+def to_flags(config: dict) -> list[str]:
+    """The command line that gives the settings in `config`."""
+    flags = []
+    for name, value in config.items():
+        flag = "--" + name.replace("_", "-")
+        if isinstance(value, list):
+            flags += [flag, *value]
+        elif value is True:
+            flags.append(flag)
+        elif value is not None and value is not False:
+            flags.append(f"{flag}={value}")
+    return flags
 
 
 def make_output_dir(path: str | Path, flag: str = "--output-dir") -> Path:
@@ -91,10 +113,40 @@ def make_output_dir(path: str | Path, flag: str = "--output-dir") -> Path:
         raise InputError(f"can't write to {flag} {path}: {error.strerror}") from None
 
 
-def check_writable(path: str | Path, flag: str = "--output") -> None:
-    """InputError where the file that `flag` names could not be written, before the work is done for it."""
+@contextlib.contextmanager
+def own_output_dir(path: str | Path) -> Iterator[Path]:
+    """The folder of --output-dir, made if it is missing, and this process's own: others get an InputError.
+
+    The system ends the lock with the process, however that ends. On a file system without locks nobody is kept out.
+    """
+    path, is_posix = make_output_dir(path), os.name == "posix"
+    handle = os.open(path if is_posix else path / ".lock", os.O_RDONLY if is_posix else os.O_RDWR | os.O_CREAT)
     try:
-        with tempfile.TemporaryFile(dir=Path(path).parent):
+        try:
+            if is_posix:
+                import fcntl
+
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            else:
+                import msvcrt
+
+                msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)
+        except (BlockingIOError, PermissionError):
+            raise InputError(f"another run writes to --output-dir {path}; choose another, or wait for it") from None
+        except OSError:
+            pass
+        yield path
+    finally:
+        os.close(handle)
+
+
+def check_writable(path: str | Path, flag: str = "--output") -> None:
+    """InputError if the file that `flag` names can't be written, before the work is done for it."""
+    path = Path(path)
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(0, "it is a folder")
+        with tempfile.NamedTemporaryFile(prefix=f".{path.name}.", suffix=".rows.tmp", dir=path.parent):
             pass
     except OSError as error:
         raise InputError(f"can't write {flag} {path}: {error.strerror}") from None

@@ -13,6 +13,7 @@ import json
 import math
 import os
 import sys
+import tempfile
 import time
 import uuid
 from collections import Counter
@@ -42,7 +43,7 @@ _HEADER_BYTES = 128  # of a .npy file; numpy pads the header of any shape of our
 class ImageFile(NamedTuple):
     path: str
     label: int
-    key: tuple  # path below the split's folder, size in bytes, time of change: what the cache knows it by
+    key: tuple  # path below the split's folder, then size, times and number: what the cache knows it by
 
 
 def _scan(folder: str | Path) -> list[os.DirEntry]:
@@ -96,20 +97,21 @@ def _ending(entry: os.DirEntry) -> str:
 
 
 def walk_images(folder: str | Path) -> list[os.DirEntry]:
-    """Files below `folder` that are images by their ending, sorted by path; links are followed, loops are not."""
-    return sorted((entry for entry in _walk(folder) if _ending(entry) in EXTENSIONS), key=lambda entry: entry.path)
+    """Those of `walk` that are images by their ending, sorted by path."""
+    return sorted((entry for entry in walk(folder) if _ending(entry) in EXTENSIONS), key=lambda entry: entry.path)
 
 
 def describe_others(folder: str | Path) -> str:
     """How many files below `folder` are no images, by their ending, such as "5 .heic, 2 .txt"; "" without any."""
-    counts = Counter(_ending(entry) or "without an ending" for entry in _walk(folder))
+    counts = Counter(_ending(entry) or "without an ending" for entry in walk(folder))
     others = [f"{count:,} {printable(ending)}" for ending, count in counts.most_common() if ending not in EXTENSIONS]
     more = f" and {len(others) - 5:,} more endings" if len(others) > 5 else ""
     hint = " (HEIC needs: pip install pillow-heif)" if {".heic", ".heif"} & counts.keys() - EXTENSIONS else ""
     return ", ".join(others[:5]) + more + hint
 
 
-def _walk(folder: str | Path) -> list[os.DirEntry]:
+def walk(folder: str | Path) -> list[os.DirEntry]:
+    """Files below `folder`, in no order; links are followed, loops are not."""
     found, folders, seen = [], [str(folder)], set()
     while folders:
         current = folders.pop()
@@ -146,19 +148,23 @@ def list_images(folder: str | Path, class_names: list[str]) -> list[ImageFile]:
         for entry in entries:
             key = [entry.path[start:]]
             with contextlib.suppress(OSError):  # a dangling link is listed, so that decoding names it
-                key += [entry.stat().st_size, entry.stat().st_mtime_ns]
+                info = os.stat(entry.path)  # on Windows that of the entry has no number
+                key += [info.st_size, info.st_mtime_ns, info.st_ctime_ns, info.st_ino]
             images.append(ImageFile(entry.path, class_names.index(name), tuple(key)))
     return images
 
 
 def default_cache_dir() -> Path:
     """The user's cache folder, by the custom of the system."""
-    if sys.platform == "win32":
-        base = os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local"
-    elif sys.platform == "darwin":
-        base = Path.home() / "Library" / "Caches"
-    else:
-        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    try:
+        if sys.platform == "win32":
+            base = os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local"
+        elif sys.platform == "darwin":
+            base = Path.home() / "Library" / "Caches"
+        else:
+            base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    except RuntimeError:  # no home
+        base = tempfile.gettempdir()
     return Path(base) / "emotion_cnn"
 
 

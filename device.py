@@ -20,9 +20,9 @@ def pick_device(name: str = "auto") -> torch.device:
     Under torchrun, "auto" and "cuda" are the GPU of this process's local rank. Raises InputError for a device that
     this machine does not have.
     """
-    local_rank = int(os.environ.get("LOCAL_RANK", -1))
-    if name in ("auto", "cuda") and 0 <= local_rank < torch.cuda.device_count():
-        torch.cuda.set_device(local_rank)
+    ranks = torchrun_ranks()
+    if ranks and name in ("auto", "cuda") and ranks[2] < torch.cuda.device_count():
+        torch.cuda.set_device(ranks[2])
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
@@ -31,6 +31,21 @@ def pick_device(name: str = "auto") -> torch.device:
     except (RuntimeError, AssertionError, NotImplementedError, ImportError):
         raise InputError(f"--device {name}: this machine or this build of PyTorch has no such device") from None
     return device
+
+
+def torchrun_ranks() -> tuple[int, int, int, int] | None:
+    """(rank, world size, local rank, local world size) as torchrun gives them to each of its processes.
+
+    None without torchrun, and if only a part of its variables is left in a shell.
+    """
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    try:
+        rank, world_size, local_rank, local_world_size = ranks = tuple(int(os.environ[name]) for name in names)
+    except (KeyError, ValueError):
+        return None
+    is_whole = {"TORCHELASTIC_RUN_ID", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
+    in_range = 0 <= local_rank < local_world_size <= world_size and local_rank <= rank < world_size
+    return ranks if is_whole and in_range else None
 
 
 def pick_precision(name: str, device: torch.device) -> torch.dtype:

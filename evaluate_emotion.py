@@ -43,7 +43,7 @@ def get_args_parser() -> ArgumentParser:
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     add("--precision", choices=PRECISIONS, default="fp32", help="of the forward pass")
     add("--cache-dir", metavar="DIR", help="for decoded images (default: the user's cache folder)")
-    add("--trust", action="store_true", help="load .pt and .pt2 files, which can carry code that runs")
+    add("--trust", action="store_true", help="load .pt, .pt2 and .onnx files, which can run code or fill the memory")
     add("--strict", action="store_true", help="stop at an image that can't be read, instead of leaving it out")
     return parser
 

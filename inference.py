@@ -179,7 +179,10 @@ def predict_probs(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
     """uint8 (N, C, H, W) as `read_image` makes them -> probabilities float32 (N, num_classes) on the CPU."""
     device = device_of(model)
     inputs = to_input(images.to(device), model.info.input_spec).contiguous(memory_format=memory_format(device))
-    return torch.softmax(model(inputs).float() / model.info.temperature, dim=1).cpu()
+    probs = torch.softmax(model(inputs).float() / model.info.temperature, dim=1).cpu()
+    if not probs.isfinite().all():  # of weights so large that sums of them are infinite
+        raise InputError("the model's probabilities are NaN: its weights are damaged")
+    return probs
 
 
 def to_prediction(probs: torch.Tensor | None, class_names: list[str]) -> Prediction | None:
@@ -266,6 +269,8 @@ def classify(
     Faces of several images share a batch, and the next batch is decoded and searched while the model works. An image
     that can't be read goes to `on_error(source, message)` and is left out; without `on_error`, InputError is raised.
     """
+    if batch_size < 1:
+        raise InputError(f"batch_size must be at least 1, not {batch_size}")
     waiting = []
     for _, (views, unreadable) in in_chunks(sources, lambda part: _find_all(part, find), 8, ahead=2 * batch_size):
         for source, message in unreadable:

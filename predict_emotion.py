@@ -33,7 +33,7 @@ from console import ArgumentParser, check_writable, make_output_dir, number, run
 from data import describe_others, find_classes, find_splits, is_sample_set, walk_images
 from errors import InputError, printable
 from faces.detector import CROP_SIZE, LONGEST, SMALLEST
-from faces.overlay import Result, Targets, annotate_images
+from faces.overlay import COPY, Result, Targets, annotate_images
 from faces.video import Video, is_video, predict_video
 from inference import BUNDLED, OnError, Prediction, View, load_model, predict_faces, predict_image, predict_images
 from models import count_parameters
@@ -71,24 +71,28 @@ def get_args_parser() -> ArgumentParser:
     text = f"a checkpoint or an exported file (default: {BEST_NAME} here, else weights/emotion_model.pth)"
     add("--checkpoint", metavar="PATH", help=text)
     add("--info", action="store_true", help="print what the checkpoint is, and stop")
-    add("--trust", action="store_true", help="load .pt and .pt2 files, which can carry code that runs")
+    add("--trust", action="store_true", help="load .pt, .pt2 and .onnx files, which can run code or fill the memory")
     add("--batch-size", default=64, type=count, help="images or faces per batch")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     return parser
 
 
 def find_images(inputs: list[str]) -> list[str]:
-    """Paths of images, folders (searched through) and patterns, each once; InputError for one that leads to nothing."""
+    """Paths of images, folders (searched through) and patterns, each once; InputError for one that leads to nothing.
+
+    Annotated copies of an earlier run are taken only if they are named one by one.
+    """
     found = []
     for item in inputs:
         if os.path.isdir(item):
-            paths = [entry.path for entry in walk_images(item)]
+            paths = [entry.path for entry in walk_images(item) if not entry.name.endswith(COPY)]
             if not paths:
                 raise InputError(f"no images in the folder {item}, which holds {describe_others(item) or 'no files'}")
         elif os.path.lexists(item):
             paths = [item]
         else:
-            paths = sorted(path for path in glob.glob(item, recursive=True) if not os.path.isdir(path))
+            matches = glob.glob(item, recursive=True)
+            paths = sorted(path for path in matches if not (os.path.isdir(path) or path.endswith(COPY)))
             if not paths:
                 raise InputError(f"no file or pattern match: {item}")
         found += paths
@@ -202,7 +206,8 @@ class TableWriter(contextlib.AbstractContextManager):
                 self._file.write(json.dumps(dict(zip(self.columns, cells, strict=True))))
             else:
                 lines = [self.columns, cells] if is_first else [cells]  # where None becomes an empty cell
-                csv.writer(self._file).writerows(map(to_cell, line) for line in lines)
+                writer = csv.writer(self._file, quoting=csv.QUOTE_NONNUMERIC)  # for tables that split at semicolons
+                writer.writerows(map(to_cell, line) for line in lines)
         except OSError as error:
             raise InputError(f"can't write {self.path}: {error.strerror}") from None
 
@@ -235,7 +240,7 @@ def predict_all(
     find = inference.make_finder(spec, args.faces, args.min_face)
     classified = inference.classify_on_cores(model, images, find, args.batch_size, on_error)
     predicted = ((view, inference.to_prediction(probs, model.info.class_names)) for view, probs in classified)
-    yield from annotate_images(predicted, targets) if targets else predicted
+    yield from annotate_images(predicted, targets, on_error) if targets else predicted
     find = inference.make_finder(spec, args.faces, args.min_face, turns=False)  # the rotation of a video is in its file
     for path in filter(is_video, paths):
         try:

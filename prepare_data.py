@@ -14,13 +14,14 @@ fer2013.csv, icml_face_data.csv, a zip or tar.gz with one of those tables, or a 
 import contextlib
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from checkpoints import replace_file
+from checkpoints import flush_folder, replace_file
 from console import ArgumentParser, make_output_dir, number, run_script
-from data import describe_others, find_splits
+from data import describe_others, find_splits, walk
 from errors import InputError, printable
 from faces.detector import LONGEST, SMALLEST
 from prepare.audit import audit, draw_groups, format_audit
@@ -59,35 +60,40 @@ def get_args_parser() -> ArgumentParser:
 
 
 @contextlib.contextmanager
-def new_folder(target: Path) -> Iterator[Path]:
+def new_folder(target: Path, *names: str) -> Iterator[Path]:
     """Yields an empty folder; its content moves to `target`, the --output-dir, at the end, but not after an error.
 
-    A target that exists must be empty. It may be a mount point or the current folder, so it is filled, not replaced.
-    InputError if it is not empty, and for any OSError on the way.
+    A target that exists must be empty, or with `names` hold no files in the folders of these names. It may be a mount
+    point or the current folder, so it is filled, not replaced. InputError if it holds more, and for any OSError.
     """
     exists = os.path.isdir(target)
     try:
-        if os.path.exists(target) and not (exists and not any(target.iterdir())):
-            raise InputError(f"--output-dir {target} is there and not empty; choose a new folder")
+        for path in [target / name for name in names] or [target]:
+            if os.path.exists(path) and (not path.is_dir() or (walk(path) if names else any(path.iterdir()))):
+                raise InputError(f"--output-dir: {path} is there and not empty; choose a new folder")
         parent = target if exists else target.parent
         parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".partial-", dir=parent) as temporary:
             partial = Path(temporary, target.name or "new")  # made by mkdir, for the usual permissions
             partial.mkdir()
             yield partial
+            if hasattr(os, "sync"):
+                os.sync()  # a power cut must not leave half of the images behind whole names
             for source in list(partial.iterdir()) if exists else [partial]:
-                source.rename(target / source.name if exists else target)
+                place = target / source.name if exists else target
+                if place.is_dir():  # and empty, except for folders
+                    shutil.rmtree(place)
+                source.rename(place)
+            flush_folder(parent)
     except OSError as error:
         raise InputError(f"can't fill --output-dir {target}: {error}") from error
 
 
 def run_sample(output_dir: Path, seed: int) -> None:
-    try:
-        draw_sample_set(output_dir, seed=seed)
-    except OSError as error:
-        raise InputError(f"can't draw the sample set: {error}") from error
+    with new_folder(output_dir, "train", "test") as folder:
+        draw_sample_set(folder, seed=seed)
     for folder in (output_dir / "train", output_dir / "test"):
-        print(f"{printable(folder)}: {len(list(folder.glob('*/*')))} images, {len(list(folder.iterdir()))} classes")
+        print(f"{printable(folder)}: {len(walk(folder))} images, {len(list(folder.iterdir()))} classes")
 
 
 def run_fer2013(source: Path | None, download: bool, output_dir: Path) -> None:

@@ -24,7 +24,7 @@ from models import InputSpec
 
 READABLE = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "AVIF", "TIFF", "PPM")  # of Pillow's others some start programs
 MAX_BYTES = 512 * 2**20
-MAX_PIXELS = 100_000_000  # larger images are refused before decoding: they would take over 300 MB each
+MAX_PIXELS, MAX_SIDE = 40_000_000, 20_000  # larger images are refused, or, of JPEG, decoded at a reduced scale
 _GRAY_MODES = {"1", "L", "LA", "La", "I", "I;16", "I;16B", "I;16L", "I;16N"}
 _SMALL_FILE = 5_000  # bytes; measured: two threads decode smaller files slower than one
 
@@ -87,11 +87,20 @@ def _open(source) -> Image.Image:
     if content[4:8] == b"ftyp" and b"hei" in content[8:40]:  # the brands heic, heix, ...
         formats = _load_heif()
     image = Image.open(io.BytesIO(content), formats=formats)
-    if image.width * image.height > MAX_PIXELS:
-        raise ValueError(f"{image.width} x {image.height} pixels are more than the {MAX_PIXELS:,} that are allowed")
+    width, height = image.size
+    for scale in (2, 4) if _is_large(image) and image.format == "JPEG" else ():
+        image.draft(None, (width // scale, height // scale))
+        if not _is_large(image):
+            break
+    if _is_large(image):
+        raise ValueError(f"{width} x {height} pixels are more than {MAX_PIXELS:,}, or than {MAX_SIDE:,} on a side")
     if image.format == "PNG":  # whose checksums Pillow does not check when it decodes
         Image.open(io.BytesIO(content), formats=("PNG",)).verify()
     return image
+
+
+def _is_large(image: Image.Image) -> bool:
+    return image.width * image.height > MAX_PIXELS or max(image.size) > MAX_SIDE
 
 
 def _load_heif() -> tuple[str, ...]:

@@ -2,7 +2,7 @@
 
 import csv
 import json
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -168,9 +168,48 @@ def write_history(history: list[dict], path: Path) -> None:
         writer.writerows(history)
 
 
+@cache
+def find_font(character: str):
+    """A font of matplotlib's that has the character, DejaVu Sans before others, with `name` and `fname`, or None."""
+    from matplotlib.font_manager import fontManager
+
+    fonts = [font for font in fontManager.ttflist if not font.name.startswith("Last Resort")]  # which has empty boxes
+    fonts.sort(key=lambda font: font.name != "DejaVu Sans")
+    return next((font for font in fonts if ord(character) in _characters(font.fname)), None)
+
+
+@cache
+def _characters(path: str) -> set[int]:
+    from matplotlib.ft2font import FT2Font
+
+    return set(FT2Font(path).get_charmap())
+
+
+def drawable(text: str) -> str:
+    """`text` with a question mark for what no font has."""
+    return "".join(char if char.isascii() or find_font(char) else "?" for char in text)
+
+
 def _plain(text: str) -> str:
     """`text` for matplotlib, which takes text between two dollar signs for a formula."""
-    return text.replace("$", r"\$")
+    return drawable(text).replace("$", r"\$")
+
+
+def _numbered(class_names: list[str]) -> list[str]:
+    """The names for a plot; of one that can't be drawn, its number in the report that is printed."""
+    return [_plain(name) if drawable(name) == name else f"{number}" for number, name in enumerate(class_names, 1)]
+
+
+def _save(figure, path: str | Path) -> None:
+    """Draws the figure as PNG, in fonts that have what it shows."""
+    from matplotlib.text import Text
+
+    texts = figure.findobj(Text)
+    odd = sorted({char for text in texts for char in text.get_text() if not char.isascii() and find_font(char)})
+    families = ["DejaVu Sans", *(find_font(char).name for char in odd)]
+    for text in texts:
+        text.set_fontfamily(list(dict.fromkeys(families)))
+    figure.savefig(path, format="png")
 
 
 def _figure(width: float, height: float):
@@ -199,7 +238,7 @@ def plot_history(history: list[dict], path: str | Path, *, title: str) -> None:
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3)
-    figure.savefig(path, format="png")
+    _save(figure, path)
 
 
 def plot_confusion_matrix(metrics: dict, path: str | Path) -> None:
@@ -218,7 +257,7 @@ def plot_confusion_matrix(metrics: dict, path: str | Path) -> None:
         text = f"{100 * shares[row, column]:.0f}%\n{matrix[row, column]:,}"
         color = "white" if shares[row, column] > 0.55 else "black"
         axes.text(column, row, text, ha="center", va="center", color=color, fontsize=9)
-    names = [_plain(name if len(name) <= 24 else name[:23] + "…") for name in names]
+    names = _numbered([name if len(name) <= 24 else name[:23] + "…" for name in names])
     places = range(0, len(names), -(-len(names) // 60))
     axes.set_xticks(places, names[:: places.step], rotation=45, ha="right")
     axes.set_yticks(places, names[:: places.step])
@@ -227,7 +266,7 @@ def plot_confusion_matrix(metrics: dict, path: str | Path) -> None:
     title = f"{name}{_plain(metrics['split'])}: {accuracy}"
     axes.set(xlabel="Predicted", ylabel="True", title=title)
     figure.colorbar(image, label="% of the true class", shrink=0.8)
-    figure.savefig(path, format="png")
+    _save(figure, path)
 
 
 def plot_reliability(metrics: dict, path: str | Path) -> None:
@@ -252,7 +291,7 @@ def plot_reliability(metrics: dict, path: str | Path) -> None:
     axes.set(xlabel="Confidence (%)", ylabel="Accuracy (%)", title=title, xlim=(-3, 103), ylim=(-3, 103))
     axes.grid(alpha=0.3)
     figure.legend(loc="outside lower center", ncols=1)
-    figure.savefig(path, format="png")
+    _save(figure, path)
 
 
 def plot_timeline(points: list[tuple], class_names: list[str], path: str | Path, *, title: str) -> None:
@@ -263,12 +302,12 @@ def plot_timeline(points: list[tuple], class_names: list[str], path: str | Path,
     steps = np.diff(times)
     gaps = np.flatnonzero(steps > 1.5 * np.median(steps)) + 1 if len(steps) else []
     marker = "o" if len(points) < 4 else None  # a line through one point can't be seen
-    for name, values in zip(class_names, probs.T, strict=True):
-        axes.plot(np.insert(times, gaps, np.nan), np.insert(values, gaps, np.nan), label=_plain(name), marker=marker)
+    for name, values in zip(_numbered(class_names), probs.T, strict=True):
+        axes.plot(np.insert(times, gaps, np.nan), np.insert(values, gaps, np.nan), label=name, marker=marker)
     axes.set(xlabel="Time (s)", ylabel="Probability (%)", title=_plain(title), ylim=(-2, 102))
     axes.grid(alpha=0.3)
     figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper")
-    figure.savefig(path, format="png")
+    _save(figure, path)
 
 
 def plot_grid(rows: list[list[tuple[np.ndarray, str, str]]], path: str | Path, *, title: str) -> None:
@@ -282,4 +321,4 @@ def plot_grid(rows: list[list[tuple[np.ndarray, str, str]]], path: str | Path, *
             place.set_title(_plain(text), color=color, fontsize=9)
     for axes in figure.axes:
         axes.axis("off")
-    figure.savefig(path, format="png")
+    _save(figure, path)

@@ -164,7 +164,8 @@ def load_splits(
     else:
         train_rows, val_rows = split_train_val(train.labels, train.digests, val_fraction, seed)
     if len(val_rows) == 0 or len(train_rows) < 2:
-        raise InputError(f"{len(train)} images in {train.folder} are too few to train and validate on")
+        count = f"{len(train)} images in {train.folder}, {len(set(train.digests))} of them different,"
+        raise InputError(f"{count} are too few to train and validate on")
     return Splits(
         train=Batches(train, train_rows, device),
         val=Batches(val or train, val_rows, device),
@@ -181,7 +182,7 @@ def load_splits(
 
 def _notes_on(train: FolderImages, val: FolderImages | None, test: FolderImages | None) -> list[str]:
     parts = [part for part in (train, val, test) if part]
-    notes = [note for part in parts for note in part.notes] + warn_of_numbers(train)
+    notes = [note for part in parts for note in part.notes] + warn_of_numbers(train) + warn_of_copies(train)
     if not is_sample_set(train.paths):
         notes += [note for part in parts for note in warn_of_drawings(part)]
     for part, other in ((val, train), (test, train), (test, val)):
@@ -251,6 +252,17 @@ def warn_of_numbers(part: FolderImages) -> list[str]:
         f"warning: class folders are called {', '.join(numbers[:8])}: numbers are no names, and predictions will show "
         f"them; rename each to its emotion, for example {first} to {printable(part.folder / 'angry')}"
     ]
+
+
+def warn_of_copies(part: FolderImages) -> list[str]:
+    """A line for each class whose images are all the same one."""
+    lines = []
+    for label, name in enumerate(part.class_names):
+        rows = np.flatnonzero(part.labels == label)
+        if len(rows) > 1 and len({part.digests[row] for row in rows}) == 1:
+            folder = printable(part.folder / name)
+            lines.append(f"warning: the {len(rows):,} images in {folder} are all the same one: add others")
+    return lines
 
 
 def warn_of_drawings(part: FolderImages) -> list[str]:

@@ -11,12 +11,12 @@ the end: the best checkpoint again, with temperature and test metrics, metrics.j
 training_history.png, confusion_matrix.png and reliability.png.
 """
 
-import contextlib
 import os
 import sys
 import time
 from argparse import BooleanOptionalAction
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -30,13 +30,12 @@ from checkpoints import (
     FINAL_NAME,
     PREVIOUS_NAME,
     build_model,
-    read_checkpoint,
     save_checkpoint,
     without_folders,
 )
-from console import ArgumentParser, make_output_dir, number, run_script
+from console import ArgumentParser, make_output_dir, number, own_output_dir, run_script, to_flags
 from data import SAMPLE_SET, find_splits
-from device import PRECISIONS, memory_format, pick_device, pick_precision
+from device import PRECISIONS, keep_freed_memory, memory_format, pick_device, pick_precision
 from engine import distributed, resume
 from engine.augment import EXAMPLE, PRESETS, augment, parse_augment
 from engine.distributed import ProcessGroup
@@ -119,7 +118,8 @@ def add_training_flags(parser: ArgumentParser) -> None:
 def parse_settings(argv: list[str] | None) -> tuple[Settings, dict | None]:
     """The settings of the run, and with --resume the checkpoint to go on from.
 
-    The flags are parsed twice: what the first pass finds in --arch or --resume supplies the defaults of the second.
+    The flags are parsed twice: what the first pass finds in --arch supplies the defaults of the second, and what it
+    finds in --resume the flags that come before them.
     """
     parser = get_args_parser()
     args = parser.parse_args(argv)
@@ -136,11 +136,16 @@ def parse_settings(argv: list[str] | None) -> tuple[Settings, dict | None]:
         return settings, None
     path = Path(args.resume or os.path.join(args.output_dir, FINAL_NAME))
     checkpoint = resume.read_resumable(path)
-    saved_flags = {name: value for name, value in checkpoint["config"].items() if hasattr(args, name)}
-    if args.teacher:  # argparse would add them to the default
-        saved_flags["teacher"] = None
-    parser.set_defaults(**saved_flags, output_dir=str(path.parent))
-    settings = replace(Settings(**vars(parser.parse_args(argv))), resume=str(path))
+    parser.set_defaults(output_dir=str(path.parent), pretrained=False)
+    saved = {name: value for name, value in checkpoint["config"].items() if hasattr(args, name)}
+    try:
+        Settings(**vars(parser.parse_args(to_flags(saved))))
+    except InputError as error:
+        raise InputError(f"--resume: {path} is damaged: {error}") from None
+    if args.teacher:  # argparse would add them to those of the file
+        saved["teacher"] = None
+    flags = to_flags(saved) + (sys.argv[1:] if argv is None else argv)
+    settings = replace(Settings(**vars(parser.parse_args(flags))), resume=str(path))
     resume.check_unchanged(settings, checkpoint)
     settings.check_teachers()
     resume.check_folder(settings)
@@ -151,63 +156,62 @@ def main(argv: list[str] | None = None) -> None:
     settings, resumed = parse_settings(argv)
     group, device = distributed.init(pick_device(settings.device))
     print_main = partial(print, flush=True) if group.is_main else lambda *_: None
-    output_dir = Path(settings.output_dir)
-    if group.is_main:
-        make_output_dir(output_dir)
-    seed_torch(settings)
-
-    with group.main_first():  # the first process fills the cache of decoded images
-        splits = load_data(settings, device)
-    fingerprint = resume.fingerprint(splits.split_hash, settings.teacher)
-    check_group(settings, splits, fingerprint, group)
-    model = make_model(settings, splits, device)
-    step = make_step(settings, splits, model, group)
-    progress = resume.Progress()
-    if resumed:
-        progress = resume.restore(resumed, settings.resume, step, fingerprint)
-        if group.is_main:
-            resume.copy_run(settings.resume, output_dir)
-    print_main(describe(settings, splits, step, progress))
-
-    with resume_hint(output_dir, progress, group), tensorboard_log(settings.tensorboard, group) as log:
-        for epoch in range(progress.epoch + 1, settings.epochs + 1):
-            if progress.is_stalled(settings.early_stopping):
-                break
-            start, lr, title = time.perf_counter(), step.lr, f"epoch {epoch}/{settings.epochs}"
-            step.seed(settings.seed, epoch)
-            order = draw_order(splits.train.labels, settings.sampler, seed=seed_for("order", settings.seed, epoch))
-            means = train_one_epoch(step, splits.train, order, batch_size=settings.batch_size, title=title)
-
-            logits, labels = evaluate(step.eval_model, splits.val, batch_size=settings.eval_batch_size, group=group)
-            val_loss, val_acc = loss_and_accuracy(logits, labels)
-            check_finite(val_loss, title, lr)  # the loss of a batch precedes its update, so the last one shows here
-            if settings.schedule == "plateau":  # the other schedules go on with every step
-                step.scheduler.step(val_loss)
-
-            row = {"epoch": epoch, "lr": lr, "train_loss": means["loss"], "train_acc": means["acc"]}
-            row |= {"val_loss": val_loss, "val_acc": val_acc, "images_per_s": means["images_per_s"]}
-            row |= {"seconds": time.perf_counter() - start}
-            is_best = progress.record(row)
+    own_folder = own_output_dir if group.is_main else nullcontext
+    with own_folder(Path(settings.output_dir)) as output_dir:
+        set_up_torch(settings)
+        with group.main_first():  # the first process fills the cache of decoded images
+            splits = load_data(settings, device)
+        fingerprint = resume.fingerprint(splits.split_hash, settings.teacher)
+        check_group(settings, splits, fingerprint, group)
+        model = make_model(settings, splits, device)
+        step = make_step(settings, splits, model, group)
+        progress = resume.Progress()
+        if resumed:
+            progress = resume.restore(resumed, settings.resume, step, fingerprint)
             if group.is_main:
-                resume.save(output_dir, step, progress, settings.to_config(), fingerprint, is_best=is_best)
-            progress.epoch = epoch
-            print_main(format_row(row, title, is_best))
-            log(row)
+                resume.copy_run(settings.resume, output_dir)
+        print_main(describe(settings, splits, step, progress))
 
-        if group.is_main:  # the report: the best epoch, calibrated on validation, measured once on test
-            best = read_checkpoint(output_dir / BEST_NAME)
-            model = build_model(best, output_dir / BEST_NAME).to(device, memory_format=memory_format(device))
-            temperature = fit_temperature(*evaluate(model, splits.val, batch_size=settings.eval_batch_size))
-            model.info = replace(model.info, temperature=temperature)
-            split, batches = ("test", splits.test) if splits.test else ("val", splits.val)
-            metrics = measure(
-                model, batches, split=split, batch_size=settings.eval_batch_size, in_train=splits.in_train
-            )
-            finish_run(settings, best, metrics, progress, splits)
+        with resume_hint(output_dir, progress, group), tensorboard_log(settings.tensorboard, group) as log:
+            for epoch in range(progress.epoch + 1, settings.epochs + 1):
+                if progress.is_stalled(settings.early_stopping):
+                    break
+                start, lr, title = time.perf_counter(), step.lr, f"epoch {epoch}/{settings.epochs}"
+                step.seed(settings.seed, epoch)
+                order = draw_order(splits.train.labels, settings.sampler, seed=seed_for("order", settings.seed, epoch))
+                means = train_one_epoch(step, splits.train, order, batch_size=settings.batch_size, title=title)
+
+                logits, labels = evaluate(step.eval_model, splits.val, batch_size=settings.eval_batch_size, group=group)
+                val_loss, val_acc = loss_and_accuracy(logits, labels)
+                check_finite(val_loss, title, lr)  # the loss of a batch precedes its update, so the last one shows here
+                if settings.schedule == "plateau":  # the other schedules go on with every step
+                    step.scheduler.step(val_loss)
+
+                row = {"epoch": epoch, "lr": lr, "train_loss": means["loss"], "train_acc": means["acc"]}
+                row |= {"val_loss": val_loss, "val_acc": val_acc, "images_per_s": means["images_per_s"]}
+                row |= {"seconds": time.perf_counter() - start}
+                is_best = progress.record(row)
+                if group.is_main:
+                    resume.save(output_dir, step, progress, settings.to_config(), fingerprint, is_best=is_best)
+                progress.epoch = epoch
+                print_main(format_row(row, title, is_best))
+                log(row)
+
+            if group.is_main:  # the report: the best epoch, calibrated on validation, measured once on test
+                best = resume.read_best(output_dir, progress)
+                model = build_model(best, output_dir / BEST_NAME).to(device, memory_format=memory_format(device))
+                temperature = fit_temperature(*evaluate(model, splits.val, batch_size=settings.eval_batch_size))
+                model.info = replace(model.info, temperature=temperature)
+                split, batches = ("test", splits.test) if splits.test else ("val", splits.val)
+                metrics = measure(
+                    model, batches, split=split, batch_size=settings.eval_batch_size, in_train=splits.in_train
+                )
+                finish_run(settings, best, metrics, progress, splits)
     distributed.shutdown()
 
 
-def seed_torch(settings: Settings) -> None:
+def set_up_torch(settings: Settings) -> None:
+    keep_freed_memory()
     torch.manual_seed(settings.seed)
     # cuDNN tries which convolutions are fastest, since every batch has the same shape; its choice may vary
     torch.backends.cudnn.benchmark = not settings.deterministic
@@ -322,7 +326,7 @@ def format_row(row: dict, title: str, is_best: bool) -> str:
     )
 
 
-@contextlib.contextmanager
+@contextmanager
 def resume_hint(output_dir: Path, progress: resume.Progress, group: ProcessGroup) -> Iterator[None]:
     """On Ctrl-C, prints how to go on with the run."""
     try:
@@ -337,7 +341,7 @@ def resume_hint(output_dir: Path, progress: resume.Progress, group: ProcessGroup
         raise
 
 
-@contextlib.contextmanager
+@contextmanager
 def tensorboard_log(folder: str | None, group: ProcessGroup) -> Iterator[Callable[[dict], None]]:
     """A function that logs the row of an epoch to the TensorBoard `folder`; without one it does nothing."""
     if folder is None or not group.is_main:

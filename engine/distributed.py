@@ -7,7 +7,6 @@ Example::
 """
 
 import contextlib
-import os
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from device import limit_threads
+from device import limit_threads, torchrun_ranks
 from errors import InputError
 
 TIMEOUT = timedelta(hours=2)  # the first process of a machine may decode a large set while the others wait
@@ -103,10 +102,10 @@ def init(device: torch.device) -> tuple[ProcessGroup, torch.device]:
     With CUDA every process of a machine takes its own GPU, and NCCL carries the gradients; otherwise gloo does.
     Raises InputError for fewer GPUs than processes.
     """
-    if "TORCHELASTIC_RUN_ID" not in os.environ:
+    ranks = torchrun_ranks()
+    if ranks is None:
         return ALONE, device
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-    rank, world_size, local_rank, local_world_size = (int(os.environ[name]) for name in names)
+    rank, world_size, local_rank, local_world_size = ranks
     if device.type == "mps" or device.index is not None:
         raise InputError(f"--device {device}: processes of torchrun take cuda, each its own GPU, or cpu")
     options = {"timeout": TIMEOUT}

@@ -90,6 +90,18 @@ def keep_previous(output_dir: Path) -> None:
         os.replace(output_dir / BEST_NAME, output_dir / PREVIOUS_NAME)
 
 
+def read_best(output_dir: Path, progress: Progress) -> dict:
+    """The best checkpoint of the run; InputError if another run's is in its place."""
+    best = read_checkpoint(output_dir / BEST_NAME)
+    if _score(best) != progress.best:
+        raise InputError(f"{output_dir / BEST_NAME} is of another run by now: give each its own --output-dir")
+    return best
+
+
+def _score(best: dict) -> dict:
+    return {"epoch": best["epoch"], **{name: best["metrics"].get(name) for name in ("val_acc", "val_loss")}}
+
+
 # Resuming
 
 
@@ -162,8 +174,7 @@ def restore(checkpoint: dict, path: str, step: TrainStep, fingerprint: dict) -> 
         )
     try:
         _load_state(checkpoint, step)
-        scores = {name: best["metrics"][name] for name in ("val_acc", "val_loss")}
-        progress = Progress(checkpoint["epoch"], checkpoint["history"], {"epoch": best["epoch"], **scores})
+        progress = Progress(checkpoint["epoch"], checkpoint["history"], _score(best))
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
         raise InputError(f"--resume: {path} is damaged, or of another version of torch: {reason_of(error)}") from None
     step.group.check_same((progress.epoch, progress.best), "checkpoint to resume")

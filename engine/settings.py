@@ -1,7 +1,7 @@
 """The settings of a training run: every flag of train_emotion_cnn.py, resolved once."""
 
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 
 from checkpoints import BEST_NAME, FINAL_NAME, PATHS, PREVIOUS_NAME
 from engine.augment import parse_augment
@@ -55,6 +55,11 @@ class Settings:
     precision: str
     deterministic: bool
     tensorboard: str | None
+
+    def __post_init__(self):
+        for field in fields(self):
+            if getattr(self, field.name) is None and field.type in (str, bool, int, float):
+                raise InputError(f"--{field.name.replace('_', '-')} is missing")
 
     @property
     def is_from_scratch(self) -> bool:

@@ -59,10 +59,16 @@ def find_emotions(model, path: str) -> tuple[list[tuple[View, tuple | None]], st
 def build_page(gr, model, path: str):
     """The page, as gradio.Blocks."""
 
+    drawings = [entry.path for folder in sorted(DRAWINGS.glob("*/")) for entry in walk_images(folder)[:1]]
+    examples = [path for path in [str(PHOTO), *drawings] if os.path.isfile(path)]
+    uploads = Path(os.environ["GRADIO_TEMP_DIR"]).resolve()
+
     def classify(path: str | None):
         if path is None:
             return None, "", []
         try:
+            if path not in examples and not Path(path).resolve().is_relative_to(uploads):
+                raise InputError("a request may name any file of this computer")
             results, message = find_emotions(model, path)
         except InputError:
             return None, "This file can't be read as an image. Try a JPEG or PNG file.", []
@@ -76,8 +82,6 @@ def build_page(gr, model, path: str):
             with gr.Column():
                 photo = gr.Image(sources=["upload", "webcam", "clipboard"], label="Photo", height=400)
                 photo.preprocess = lambda file: file and file.path  # so that we read it, as everywhere else
-                drawings = [entry.path for folder in sorted(DRAWINGS.glob("*/")) for entry in walk_images(folder)[:1]]
-                examples = [path for path in [str(PHOTO), *drawings] if os.path.isfile(path)]
                 gr.Examples(examples, photo, examples_per_page=8)
             with gr.Column():
                 buttons = ["download", "fullscreen"]  # none that shares
@@ -126,7 +130,9 @@ def main(argv: list[str] | None = None) -> None:
     with tempfile.TemporaryDirectory(prefix="emotion_page_") as folder:
         os.environ["GRADIO_TEMP_DIR"] = folder
         page = build_page(gr, model, os.path.basename(args.checkpoint))
-        quiet = dict(share=False, ssr_mode=False, quiet=True, prevent_thread_lock=True, footer_links=[])
+        quiet = dict(
+            share=False, ssr_mode=False, quiet=True, prevent_thread_lock=True, footer_links=[], max_file_size="20mb"
+        )
         page.launch(server_name=args.host, server_port=port, **quiet)
         print(f"open http://{args.host}:{port} in a browser; Ctrl-C ends", flush=True)
         while not ended.wait(0.2):  # on Windows a wait without end hears no Ctrl-C

@@ -7,6 +7,7 @@
 """
 
 import importlib.util
+import io
 import json
 import logging
 import warnings
@@ -25,7 +26,7 @@ from preprocessing import to_input, to_uint8
 
 INFO_NAME = "emotion.json"  # of the entry in TorchScript and torch.export files; in ONNX the key of the metadata
 CONFIG_NAME = "config.json"  # next to a safetensors file
-CARRY_CODE = (".pt", ".pt2")
+NEED_TRUST = (".pt", ".pt2", ".onnx")
 TOLERANCE = 1e-4  # largest difference in probability from PyTorch, in float32
 
 
@@ -77,7 +78,7 @@ def write_onnx(deployed: Deployed, info: dict, path: Path) -> None:
             dynamic_shapes=({0: torch.export.Dim("batch", min=1)},),
         )
     program.model.metadata_props[INFO_NAME] = json.dumps(info)
-    program.save(path, external_data=False)
+    path.write_bytes(program.model_proto.SerializeToString())
 
 
 def write_torchscript(deployed: Deployed, info: dict, path: Path) -> None:
@@ -85,13 +86,16 @@ def write_torchscript(deployed: Deployed, info: dict, path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         traced = torch.jit.trace(deployed, deployed.example(), check_trace=False)
-        torch.jit.save(traced, str(path), _extra_files={INFO_NAME: json.dumps(info)})
+        content = io.BytesIO()  # writing to a full disk, torch ends the process
+        torch.jit.save(traced, content, _extra_files={INFO_NAME: json.dumps(info)})
+    path.write_bytes(content.getbuffer())
 
 
 def write_torch_export(deployed: Deployed, info: dict, path: Path) -> None:
     shapes = ({0: torch.export.Dim("batch", min=1)},)
-    program = torch.export.export(deployed, (deployed.example(),), dynamic_shapes=shapes)
-    torch.export.save(program, str(path), extra_files={INFO_NAME: json.dumps(info)})
+    program, content = torch.export.export(deployed, (deployed.example(),), dynamic_shapes=shapes), io.BytesIO()
+    torch.export.save(program, content, extra_files={INFO_NAME: json.dumps(info)})
+    path.write_bytes(content.getbuffer())
 
 
 def write_safetensors(deployed: Deployed, info: dict, path: Path) -> None:
@@ -128,7 +132,8 @@ def export_model(
     try:
         write(deployed, info, path)
     except Exception as error:  # exporters raise anything
-        raise InputError(f"{file} can't be written: {reason_of(error)}") from None
+        reason = getattr(error, "strerror", None) or reason_of(error)
+        raise InputError(f"{file} can't be written: {reason}") from None
     model, _ = read_exported(path, trust=True)
     predict = model.probs if isinstance(model, ExportedModel) else Deployed(model)
     with torch.inference_mode():
@@ -172,16 +177,15 @@ def read_exported(path: str | Path, *, trust: bool = False) -> tuple[nn.Module, 
     """The model in an exported file, on the CPU and in evaluation mode, and its info in the current format.
 
     An ExportedModel, or of a safetensors file the model itself. Raises InputError for a file that is damaged or not
-    ours, needs a package that is missing, or could run code (TorchScript, torch.export) and is not trusted.
+    ours, needs a package that is missing, or could run code or fill the memory and is not trusted.
     """
     path = Path(path)
     if not path.is_file():
         raise InputError(f"no file {path}" if not path.exists() else f"{path} is not a file")
-    if path.suffix in CARRY_CODE and not trust:
+    if path.suffix in NEED_TRUST and not trust:
         raise InputError(
-            f"{path} can carry code that runs when it is loaded: use the .pth or .onnx file, or, if it "
-            "comes from someone you trust, pass --trust to predict_emotion.py or evaluate_emotion.py "
-            "(trust=True in Python)"
+            f"{path} can run code or fill the memory when it is loaded: use the .pth file, or if it is from someone "
+            "you trust, pass --trust to predict_emotion.py or evaluate_emotion.py (trust=True in Python)"
         )
     read = {".onnx": _read_onnx, ".pt": _read_torchscript, ".pt2": _read_torch_export, ".safetensors": _read_tensors}
     try:
@@ -206,11 +210,13 @@ def read_exported(path: str | Path, *, trust: bool = False) -> tuple[nn.Module, 
 
 @torch.inference_mode()
 def _try_out(model: ExportedModel, path: Path) -> None:
-    """InputError if two black images don't give the probabilities of two images."""
+    """InputError if one black image, or two, don't give the probabilities of as many."""
     spec = model.info.input_spec
-    probs = model.probs(torch.zeros(2, spec.stored_channels, spec.image_size, spec.image_size, dtype=torch.uint8))
-    if probs.shape != (2, model.info.num_classes) or not probs.isfinite().all():
-        raise InputError(f"{path} is damaged: it gives no probabilities of {model.info.num_classes} classes")
+    for count in (1, 2):
+        shape = (count, spec.stored_channels, spec.image_size, spec.image_size)
+        probs = model.probs(torch.zeros(shape, dtype=torch.uint8))
+        if probs.shape != (count, model.info.num_classes) or not probs.isfinite().all():
+            raise InputError(f"{path} is damaged: it gives no probabilities of {model.info.num_classes} classes")
 
 
 def _read_onnx(path: Path):

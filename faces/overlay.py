@@ -16,17 +16,25 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from checkpoints import replace_file
-from errors import printable
-from inference import Prediction, View
+from errors import InputError, printable
+from inference import OnError, Prediction, View
 from preprocessing import read_whole
+from reports import drawable, find_font
 
 COLORS = ("#ffd000", "#00c8ff", "#ff6ec7", "#7dff5a", "#ff8c42", "#b18cff", "#ffffff", "#00e0b0")
 LEAST_FACE, LONGEST = 160, 1600  # pixels; small images are enlarged until faces have the one or they the other
 SHADE = (0, 0, 0, 150)
+COPY = ".faces.jpg"  # how the names of annotated images end
 
 Result = tuple[View, Prediction | None]  # None: an image without a face
 Area = tuple[float, float, float, float]  # left, top, right, bottom in pixels
-_load_font = cache(ImageFont.load_default)
+
+
+@cache
+def _load_font(size: float, text: str) -> ImageFont.FreeTypeFont:
+    """Pillow's own font; for letters that it lacks, one that matplotlib knows."""
+    font = next((find_font(char) for char in text if not char.isascii()), None)
+    return ImageFont.truetype(font.fname, size) if font else ImageFont.load_default(size)
 
 
 def draw_faces(pixels: np.ndarray, results: list[Result], *, enlarge: bool = True) -> Image.Image:
@@ -96,9 +104,9 @@ class _Canvas:
 
     def add_label(self, box: Area, color: str, text: str) -> None:
         """Above the box, below it, or inside at its top."""
-        text, wanted = printable(text), []
+        text, wanted = drawable(printable(text)), []
         for shrink in (1.0, 0.85, 0.7):
-            font = _load_font(round(shrink * self.letters(box)))
+            font = _load_font(round(shrink * self.letters(box)), text)
             width, height = self.draw.textlength(text, font=font) + font.size * 0.6, font.size * 1.35
             wanted += [(box[0], top, width, height, font) for top in (box[1] - height, box[3], box[1])]
         area, font = self.take(wanted)
@@ -107,11 +115,11 @@ class _Canvas:
 
     def add_bars(self, box: Area, color: str, all_probs: dict[str, float]) -> None:
         """A bar for each class, next to the box, below or above it; for a whole image, inside at its right."""
-        names, letters, wanted = [printable(name) for name in all_probs], self.letters(box), []
+        names, letters, wanted = [drawable(printable(name)) for name in all_probs], self.letters(box), []
         rows = 1.25 * len(names) + 0.4  # the height in sizes of the font
         for shrink, bar in ((0.75, 5), (0.6, 5), (0.45, 5), (0.3, 5), (0.3, 2.5)):
             least = min(max(9, max(self.size) / 160), self.size[1] / rows)  # so that all rows are inside the image
-            font = _load_font(max(1, int(max(least, shrink * letters))))
+            font = _load_font(max(1, int(max(least, shrink * letters))), "".join(names))
             name_width = max(self.draw.textlength(name, font=font) for name in names) + font.size * 0.6
             width, height = name_width + bar * font.size, font.size * rows
             at_sides = product((box[2] + 4, box[0] - width - 4), (box[1], box[3] - height))
@@ -138,6 +146,8 @@ class Targets:
     def __call__(self, source, ending: str) -> Path:
         """The path for what is made of `source`, such as photo.faces.jpg; photo-2.faces.jpg for another photo."""
         stem, number = Path(source).stem, 1
+        while len(os.fsencode(stem)) > 200:  # with the endings a name has room for 255 bytes
+            stem = stem[:-1]
         path = self.folder / f"{stem}{ending}"
         while os.path.realpath(path).casefold() in self.taken:
             number += 1
@@ -146,16 +156,20 @@ class Targets:
         return path
 
 
-def annotate_images(predictions: Iterable[Result], targets: Targets) -> Iterator[Result]:
+def annotate_images(predictions: Iterable[Result], targets: Targets, on_error: OnError) -> Iterator[Result]:
     """Passes (view, prediction) on, and writes an annotated copy of each image after its last one.
 
-    All of one image come together. Raises InputError if a copy can't be written.
+    All of one image come together. One that can't be read again goes to `on_error`. Raises InputError if a copy can't
+    be written.
     """
     for source, found in groupby(predictions, key=lambda item: item[0].source):
         results = []
         for result in found:
             yield result
             results.append(result)
-        image = draw_faces(read_whole(source), results)
-        image.thumbnail((65_000, 65_000))  # JPEG's limit is 65,500 pixels
-        replace_file(targets(source, ".faces.jpg"), lambda path, image=image: image.save(path, "JPEG", quality=92))
+        try:
+            image = draw_faces(read_whole(source), results)
+        except InputError as error:
+            on_error(source, str(error))
+        else:
+            replace_file(targets(source, COPY), lambda path, image=image: image.save(path, "JPEG", quality=92))

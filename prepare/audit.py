@@ -8,7 +8,7 @@ Example::
 
 import hashlib
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
+from itertools import combinations
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,6 +25,7 @@ from reports import plot_grid
 SIDE = 32  # pixels of the gray thumbnails that are compared
 BITS = 6  # of 64 in which the hashes of near-identical images may differ
 CORRELATION = 0.99  # of the pixels of near-identical images, at least
+MEMBERS = 8  # of a group that are compared with others that share two bytes: enough of a thousand that are near
 BLANK = 2.0  # standard deviation of the gray values, of 255, below which an image shows nothing
 
 
@@ -63,73 +64,94 @@ def read_thumbnail(path: str) -> tuple[str, str, np.ndarray] | str:
 
 
 def hash_images(gray: np.ndarray) -> np.ndarray:
-    """uint8 (N, SIDE, SIDE) -> float32 (N, 64): 1 if a part of the image is brighter than its left neighbor, else -1.
+    """uint8 (N, SIDE, SIDE) -> uint8 (N, 8): 64 bits, 1 if a part of the image is brighter than its left neighbor.
 
     The difference hash of Krawetz 2013, on means over parts of 9 x 8. It changes little when an image is saved again
-    in another size, format or brightness.
+    in another size, format or brightness. A byte has its bits from a diagonal, so that they say different things.
     """
     columns = np.linspace(0, SIDE, 10).round().astype(int)
-    means = np.add.reduceat(gray.astype(np.float32), np.arange(0, SIDE, SIDE // 8), axis=1)
+    means = np.add.reduceat(gray, np.arange(0, SIDE, SIDE // 8), axis=1, dtype=np.float32)
     means = np.add.reduceat(means, columns[:-1], axis=2) / np.diff(columns)
-    return np.where(means[:, :, 1:] > means[:, :, :-1], np.float32(1), np.float32(-1)).reshape(-1, 64)
+    is_brighter, rows = means[:, :, 1:] > means[:, :, :-1], np.arange(8)
+    return np.packbits(is_brighter[:, rows, (rows + rows[:, None]) % 8], axis=2)[..., 0]
 
 
-def find_near_pairs(gray: np.ndarray) -> Iterator[tuple[int, int]]:
-    """Positions (i, j), i < j, of images uint8 (N, SIDE, SIDE) that are the same except for small changes.
+def group_near(gray: np.ndarray) -> np.ndarray:
+    """int64 (N,): equal numbers for images uint8 (N, SIDE, SIDE) that are the same except for small changes.
 
-    Images whose hashes differ in few bits are compared pixel by pixel: by correlation, which brightness and contrast
-    leave alone. All pairs of hashes are compared, N * N / 2 of them.
+    Two images are if few bits of their hashes differ and their pixels correlate, which brightness and contrast leave
+    alone; a group also holds what is connected through others. Hashes that differ in at most 6 bits have at least two
+    of their 8 bytes in common, so only images that share two bytes are compared.
     """
-    hashes = hash_images(gray)
-    flat = gray.reshape(-1, SIDE * SIDE).astype(np.float32)
-    flat -= flat.mean(1, keepdims=True)
-    flat /= np.maximum(np.linalg.norm(flat, axis=1, keepdims=True), 1e-6)
-    size = 1 + 2**24 // max(1, len(hashes))
-    starts = range(0, len(hashes), size)
-    for start in tqdm(starts, desc="comparing", unit="block", leave=False, disable=None):
-        agreement = hashes[start : start + size] @ hashes[start:].T  # equal bits minus different ones
-        rows, columns = np.nonzero(np.triu(agreement >= 64 - 2 * BITS, k=1))
-        for first in range(0, len(rows), 2**16):
-            left, right = rows[first : first + 2**16] + start, columns[first : first + 2**16] + start
-            near = np.einsum("nd,nd->n", flat[left], flat[right]) >= CORRELATION
-            yield from zip(left[near].tolist(), right[near].tolist(), strict=True)
+    groups, parts = np.arange(len(gray)), np.array_split(gray, 1 + len(gray) // 4096)
+    hashes = np.concatenate([hash_images(part) for part in parts])
+    for pair in tqdm(list(combinations(range(8), 2)), desc="comparing", unit="pass", leave=False, disable=None):
+        bytes_in_order = [*pair, *(byte for byte in range(8) if byte not in pair)]
+        order = np.lexsort([hashes[:, byte] for byte in reversed(bytes_in_order)])
+        keys = hashes[order, pair[0]].astype(int) << 8 | hashes[order, pair[1]]
+        _compare(gray, hashes, groups, order, keys, steps=1)  # most of what is near is next to one another
+        by_group = np.lexsort([groups[order], keys])
+        is_first = np.diff(keys[by_group] * len(gray) + groups[order][by_group], prepend=-1) != 0
+        place = np.arange(len(order))
+        few = np.sort(by_group[place - np.maximum.accumulate(place * is_first) < MEMBERS])
+        _compare(gray, hashes, groups, order[few], keys[few], steps=len(few))
+    return groups
 
 
-def connect(pairs: Iterable[tuple[int, int]], count: int) -> list[list[int]]:
-    """The connected components, of two nodes or more, of the graph of nodes 0 to `count` - 1 with the edges `pairs`."""
-    parents = list(range(count))
-
-    def find_root(node: int) -> int:
-        while parents[node] != node:
-            parents[node] = node = parents[parents[node]]
-        return node
-
-    for one, other in pairs:
-        parents[find_root(other)] = find_root(one)
-    members = defaultdict(list)
-    for node in range(count):
-        members[find_root(node)].append(node)
-    return [nodes for nodes in members.values() if len(nodes) > 1]
-
-
-def pair_duplicates(digests: list[str], gray: np.ndarray) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
-    """Pairs of positions of (identical files, near-identical images), of which one of identical files is compared."""
-    same = defaultdict(list)
-    for position, digest in enumerate(digests):
-        same[digest].append(position)
-    identical = [(members[0], other) for members in same.values() for other in members[1:]]
-    firsts = [members[0] for members in same.values() if gray[members[0]].std() >= BLANK]  # nothing is near to all
-    near = [(firsts[one], firsts[other]) for one, other in find_near_pairs(gray[np.array(firsts, int)])]
-    return identical, near
+def _compare(gray: np.ndarray, hashes: np.ndarray, groups: np.ndarray, order: np.ndarray, keys: np.ndarray, steps: int):
+    """Joins, in place, the groups of images in `order` that are near, have one key and lie at most `steps` apart."""
+    starts = np.arange(len(order))
+    for step in range(1, steps + 1):
+        starts = starts[: np.searchsorted(starts, len(order) - step)]
+        starts = starts[keys[starts] == keys[starts + step]]
+        if len(starts) == 0:
+            return
+        left, right = order[starts], order[starts + step]
+        left, right = (side[groups[left] != groups[right]] for side in (left, right))
+        bits = np.unpackbits(hashes[left] ^ hashes[right], axis=1).sum(1)
+        left, right = (side[bits <= BITS] for side in (left, right))
+        for first in range(0, len(left), 4096):
+            one, other = left[first : first + 4096], right[first : first + 4096]
+            near = _correlation(gray[one], gray[other]) >= CORRELATION
+            _join(groups, one[near], other[near])
 
 
-def count_leaks(files: list[File], digests: list[str], near_pairs: list[tuple[int, int]], split: str) -> dict[str, int]:
-    """How many images of `split` are also in train, or near one that is there."""
-    train = {digest for file, digest in zip(files, digests, strict=True) if file.split == "train"}
-    both_ways = [(digests[one], digests[other]) for pair in near_pairs for one, other in (pair, pair[::-1])]
-    near = train | {one for one, other in both_ways if other in train}
-    own = [digest for file, digest in zip(files, digests, strict=True) if file.split == split]
-    return {"identical": sum(digest in train for digest in own), "near": sum(digest in near for digest in own)}
+def _correlation(one: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """float32 (N,) of two times N images uint8 (N, SIDE, SIDE)."""
+    one, other = (images.reshape(-1, SIDE * SIDE).astype(np.float32) for images in (one, other))
+    one, other = (pixels - pixels.mean(1, keepdims=True) for pixels in (one, other))
+    norms = np.linalg.norm(one, axis=1) * np.linalg.norm(other, axis=1)
+    return np.einsum("nd,nd->n", one, other) / np.maximum(norms, 1e-6)
+
+
+def _join(groups: np.ndarray, left: np.ndarray, right: np.ndarray) -> None:
+    """Gives the groups of each pair one number, in place: the lowest of all that are connected."""
+    while len(left):
+        low = np.minimum(groups[left], groups[right])
+        new = np.arange(len(groups))
+        np.minimum.at(new, groups[left], low)
+        np.minimum.at(new, groups[right], low)
+        groups[:] = new[groups]
+        is_apart = groups[left] != groups[right]
+        left, right = left[is_apart], right[is_apart]
+
+
+def find_groups(digests: list[str], gray: np.ndarray) -> np.ndarray:
+    """int64 (N,): equal numbers for identical files and near-identical images; a blank image is near to none."""
+    firsts, same = np.unique(digests, return_index=True, return_inverse=True)[1:]
+    is_seen = np.flatnonzero(gray[firsts].std((1, 2)) >= BLANK)  # of identical files one is compared
+    groups = np.arange(len(firsts))
+    groups[is_seen] = is_seen[group_near(gray[firsts[is_seen]])]
+    return groups[same]
+
+
+def count_leaks(files: list[File], digests: list[str], groups: np.ndarray, split: str) -> dict[str, int]:
+    """How many images of `split` are also in train, or in a group with one that is there."""
+    counts = {}
+    for kind, keys in (("identical", digests), ("near", groups)):
+        train = {key for file, key in zip(files, keys, strict=True) if file.split == "train"}
+        counts[kind] = sum(file.split == split and key in train for file, key in zip(files, keys, strict=True))
+    return counts
 
 
 def describe_group(files: list[File], kind: str) -> dict:
@@ -145,8 +167,8 @@ def describe_group(files: list[File], kind: str) -> dict:
 def audit(folder: str | Path) -> dict:
     """All that is found, as plain values; format_audit makes a report of it.
 
-    "leaks" counts the images of val and test that are also in train: "identical" byte for byte, "near" those and the
-    near-identical ones. A group holds all that is near to one another, also through others; the worst group is first.
+    "leaks" counts the images of val and test that are also in train: "identical" byte for byte, "near" those in a
+    group with an image of train. A group holds all that is near to one another, also through others; the worst first.
     Raises InputError for a folder without images.
     """
     listed, counts = list_files(folder)
@@ -158,9 +180,12 @@ def audit(folder: str | Path) -> dict:
     readable = [row for row, result in enumerate(results) if not isinstance(result, str)]
     files, digests = [listed[row] for row in readable], [results[row][0] for row in readable]
     gray = np.array([results[row][2] for row in readable], np.uint8).reshape(-1, SIDE, SIDE)
-    identical_pairs, near_pairs = pair_duplicates(digests, gray)
-    groups = []
-    for rows in connect(identical_pairs + near_pairs, len(files)):
+    numbers, members, groups = find_groups(digests, gray), defaultdict(list), []
+    for row, number in enumerate(numbers):
+        members[number].append(row)
+    for rows in members.values():
+        if len(rows) == 1:
+            continue
         is_near = len({digests[row] for row in rows}) > 1
         groups.append(describe_group([files[row] for row in rows], "near" if is_near else "identical"))
     groups.sort(key=lambda group: (-len(group["splits"]), -len(group["classes"]), -len(group["files"])))
@@ -177,7 +202,7 @@ def audit(folder: str | Path) -> dict:
             if isinstance(result, str)
         ],
         "blank": [file.path for file, image in zip(files, gray, strict=True) if image.std() < BLANK],
-        "leaks": {split: count_leaks(files, digests, near_pairs, split) for split in others},
+        "leaks": {split: count_leaks(files, digests, numbers, split) for split in others},
         "duplicates": len(digests) - len(set(digests)),
         "groups": groups,
     }

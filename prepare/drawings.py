@@ -312,15 +312,9 @@ def draw_sample_set(
     """Write `output_dir`/train and /test in ImageFolder form: a folder of 48x48 8-bit gray PNG files per emotion.
 
     Every image has a random stream of its own, made of (seed, split, class, number): the same seed gives the same
-    pixels, and asking for more images doesn't change the others. Missing folders are created. Raises FileExistsError,
-    before anything is written, if train/ or test/ already holds a file.
+    pixels, and asking for more images doesn't change the others. Missing folders are created.
     """
-    counts = {"train": train_per_class, "test": test_per_class}
-    for split in counts:
-        folder = Path(output_dir, split)
-        if folder.is_file() or any(path.is_file() for path in folder.rglob("*")):
-            raise FileExistsError(f"{folder} already holds files; choose another folder or remove it first")
-    for split_index, (split, count) in enumerate(counts.items()):
+    for split_index, (split, count) in enumerate({"train": train_per_class, "test": test_per_class}.items()):
         for class_index, emotion in enumerate(UPPER_FACES):
             folder = Path(output_dir, split, emotion)
             folder.mkdir(parents=True, exist_ok=True)

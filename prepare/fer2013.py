@@ -22,7 +22,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from data import find_splits, walk_images
+from data import find_splits, walk, walk_images
 from errors import InputError, printable, reason_of
 
 CSV_CLASSES = {"0": "angry", "1": "disgust", "2": "fear", "3": "happy", "4": "sad", "5": "surprise", "6": "neutral"}
@@ -35,9 +35,10 @@ TABLES = ("fer2013.csv", "icml_face_data.csv")
 ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz")
 BY_HAND = "download https://www.kaggle.com/datasets/msambare/fer2013 by hand and pass the zip"
 
-# FER2013 has 35,887 images: 60 MB of JPEGs, 300 MB of CSV. What unpacks to far more is a mistake or an attack.
+# FER2013 has 35,887 images: 60 MB of JPEGs, 300 MB of CSV, which are 97 MB in a zip. What unpacks to far more is a
+# mistake or an attack.
 MAX_FILES = 200_000
-MAX_BYTES = 4 * 2**30
+MAX_BYTES, MAX_INFLATION = 4 * 2**30, 50
 
 
 def import_fer2013(source: Path, folder: Path) -> tuple[Counter, list[str]]:
@@ -92,7 +93,7 @@ def find_set(source: Path, temporary: Path) -> tuple[Path, Path | None, dict[Pat
         strays = [path.relative_to(root) for path in found if path not in images]
         where = f"outside of <split>/<class>/, such as {printable(strays[0])}" if strays else ""
         return root, None, images, [f"Skipped {len(strays)} images {where}."] if strays else []
-    files = sorted(Path(folder, name) for folder, _, names in os.walk(root, followlinks=True) for name in names)
+    files = sorted(Path(entry.path) for entry in walk(root))
     tables = [path for name in TABLES for path in files if path.name.lower() == name]
     if tables:
         return root, tables[0], {}, []
@@ -114,8 +115,9 @@ class _BoundedGzip(gzip.GzipFile):
 
 
 def _check_size(archive: Path | str, files: int, size: int) -> None:
-    if files > MAX_FILES or size > MAX_BYTES:
-        limit = f"{MAX_FILES:,} files" if files > MAX_FILES else f"{MAX_BYTES:,} bytes"
+    most = min(MAX_BYTES, max(2**24, MAX_INFLATION * os.path.getsize(archive)))
+    if files > MAX_FILES or size > most:
+        limit = f"{MAX_FILES:,} files" if files > MAX_FILES else f"{most:,} bytes"
         raise InputError(f"{archive} holds more than {limit}: this is not FER2013")
 
 
@@ -153,6 +155,11 @@ def unpack(archive: Path, folder: Path) -> None:
                     archive, member.name, folder, is_plain=member.isdir() or member.isfile() and not member.issparse()
                 )
                 file.extract(member, folder, filter="data")
+            stream.seek(file.offset)
+            if stream.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):  # tarfile takes damage for the end
+                raise tarfile.ReadError("it is cut short or damaged")
+            while stream.read(2**20):  # up to the checksum
+                pass
     except (InputError, MemoryError):
         raise
     except Exception as error:  # their own, those of the decompressors, OSError, RuntimeError for a password

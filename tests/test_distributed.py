@@ -160,10 +160,21 @@ def test_a_process_that_dies_ends_all_and_leaves_what_can_be_resumed(root):
 def test_what_torchrun_is_refused(root, monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     assert_refused(train_emotion_cnn.main, flags(root, "restarted"), "restart", "--resume")
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "TORCHELASTIC_RUN_ID"):
-        monkeypatch.setenv(name, "99")
+    whole = dict(RANK="98", WORLD_SIZE="99", LOCAL_RANK="98", LOCAL_WORLD_SIZE="99", MASTER_ADDR="x", MASTER_PORT="1")
+    for name, value in (whole | {"TORCHELASTIC_RUN_ID": "x"}).items():
+        monkeypatch.setenv(name, value)
     for device, words in (("cuda:1", "each its own GPU"), ("mps", "each its own GPU"), ("cuda", "99 processes")):
         assert words in refusal(distributed.init, torch.device(device))
+    for left in (
+        "RANK",
+        "MASTER_ADDR",
+        "TORCHELASTIC_RUN_ID",
+    ):  # all but one of the variables, as a shell may keep them
+        with monkeypatch.context() as context:
+            context.delenv(left)
+            assert distributed.init(torch.device("cpu")) == (distributed.ALONE, torch.device("cpu"))
+    monkeypatch.setenv("RANK", "99")  # of 99
+    assert distributed.init(torch.device("cpu")) == (distributed.ALONE, torch.device("cpu"))
 
 
 def register_tiny():

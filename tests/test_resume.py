@@ -8,7 +8,7 @@ import signal
 
 import pytest
 import torch
-from conftest import SMALL, assert_refused, differing, draw_image, interrupt, run, start
+from conftest import SMALL, assert_refused, differing, draw_image, interrupt, refusal, run, start
 from test_train import FILES, load, read_files, read_metrics, train, train_only
 from torch.optim import Adam
 
@@ -94,15 +94,16 @@ def test_two_and_two_epochs_are_four(whole, command, tmp_path):
     assert read_metrics(tmp_path) == read_metrics(whole("plateau"))
 
 
-@pytest.mark.skipif(os.name != "posix", reason="sends a POSIX signal")
-def test_ctrl_c_from_outside(trained, whole, command, tmp_path, monkeypatch):
-    """In folders whose names have spaces and letters that ASCII lacks."""
+@pytest.mark.skipif(os.name != "posix", reason="sends POSIX signals")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_from_outside(number, trained, whole, command, tmp_path, monkeypatch):
+    """Ctrl-C, `docker stop`, a closed terminal; in folders whose names have spaces and letters that ASCII lacks."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "Gesichter, große & kleine").symlink_to(trained)
     out = tmp_path / "Lauf 1 (ä)"
     process = start(main, *command("onecycle", out.name), "--data-dir", "Gesichter, große & kleine")
     assert any(line.startswith("epoch 1/") for line in process.stdout)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130 and "Traceback" not in err and not list(out.glob(".*"))
     assert 1 <= load(out / FINAL_NAME)["epoch"] < 12
@@ -198,6 +199,10 @@ def change(name, **parts):
     return lambda data, out: torch.save(load(out / name) | parts, out / name)
 
 
+def change_config(**values):
+    return lambda data, out: change(FINAL_NAME, config=load(out / FINAL_NAME)["config"] | values)(data, out)
+
+
 @pytest.mark.parametrize(
     ("spoil", "words"),
     [
@@ -210,6 +215,10 @@ def change(name, **parts):
         (lambda data, out: shutil.copy(out / BEST_NAME, out / FINAL_NAME), ["--resume", "can't be resumed"]),
         (lambda data, out: os.truncate(out / BEST_NAME, 1_000_000), [BEST_NAME, "damaged"]),
         (change(FINAL_NAME, train_state_dict={}), ["--resume", FINAL_NAME, "damaged"]),
+        *(
+            (change_config(**{name: value}), ["--resume", FINAL_NAME, "damaged", "--" + name])
+            for name, value in dict(epochs="x", lr=-1, optimizer="lion", seed=True, augment=None).items()
+        ),
     ],
 )
 def test_changed_and_damaged_files(spoil, words, trained, tmp_path):
@@ -220,6 +229,27 @@ def test_changed_and_damaged_files(spoil, words, trained, tmp_path):
     before = read_files(out)
     assert_refused(main, ["--resume", "--output-dir", out, "--data-dir", data, "--epochs", 2], *words)
     assert read_files(out) == before
+
+
+def test_the_report_is_of_the_own_best(trained, tmp_path):
+    shutil.copy(trained / "out" / BEST_NAME, tmp_path)
+    best = load(tmp_path / BEST_NAME)
+    progress = resume.Progress(best={"epoch": 1, **{name: best["metrics"][name] for name in ("val_acc", "val_loss")}})
+    assert resume.read_best(tmp_path, progress)["epoch"] == 1
+    progress.best["val_loss"] += 1e-9
+    assert "another run" in refusal(resume.read_best, tmp_path, progress)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="kills a process")
+def test_a_run_owns_its_folder(command, tmp_path):
+    """Until it ends, even if it is killed."""
+    process = start(main, *command("plateau", tmp_path), "--epochs", 1000)
+    assert any(line.startswith("epoch 1/") for line in process.stdout)
+    for words in ([], ["--resume"], ["--seed", "9"]):
+        assert_refused(main, [*command("plateau", tmp_path), "--epochs", 1000, *words], "another run", tmp_path)
+    process.kill()
+    process.communicate()
+    go_on(*command("plateau", tmp_path), "--epochs", load(tmp_path / FINAL_NAME)["epoch"] + 1, "--resume")
 
 
 def test_flags_that_contradict_the_run(trained, whole):
