@@ -8,6 +8,7 @@ Example::
 
 import contextlib
 import io
+import math
 import os
 import stat
 from collections import deque
@@ -88,19 +89,14 @@ def _open(source) -> Image.Image:
         formats = _load_heif()
     image = Image.open(io.BytesIO(content), formats=formats)
     width, height = image.size
-    for scale in (2, 4) if _is_large(image) and image.format == "JPEG" else ():
-        image.draft(None, (width // scale, height // scale))
-        if not _is_large(image):
-            break
-    if _is_large(image):
+    scale = max(math.sqrt(width * height / MAX_PIXELS), max(width, height) / MAX_SIDE)
+    if scale > 1 and image.format != "JPEG":
         raise ValueError(f"{width} x {height} pixels are more than {MAX_PIXELS:,}, or than {MAX_SIDE:,} on a side")
+    if scale > 1:
+        image.draft(None, (width // 2, height // 2) if scale <= 2 else (width // 4, height // 4))
     if image.format == "PNG":  # whose checksums Pillow does not check when it decodes
         Image.open(io.BytesIO(content), formats=("PNG",)).verify()
     return image
-
-
-def _is_large(image: Image.Image) -> bool:
-    return image.width * image.height > MAX_PIXELS or max(image.size) > MAX_SIDE
 
 
 def _load_heif() -> tuple[str, ...]:

@@ -170,19 +170,13 @@ def write_history(history: list[dict], path: Path) -> None:
 
 @cache
 def find_font(character: str):
-    """A font of matplotlib's that has the character, DejaVu Sans before others, with `name` and `fname`, or None."""
+    """A font that has the character, DejaVu Sans before others, with `name` and `fname`; None if there is none."""
     from matplotlib.font_manager import fontManager
-
-    fonts = [font for font in fontManager.ttflist if not font.name.startswith("Last Resort")]  # which has empty boxes
-    fonts.sort(key=lambda font: font.name != "DejaVu Sans")
-    return next((font for font in fonts if ord(character) in _characters(font.fname)), None)
-
-
-@cache
-def _characters(path: str) -> set[int]:
     from matplotlib.ft2font import FT2Font
 
-    return set(FT2Font(path).get_charmap())
+    fonts = [font for font in fontManager.ttflist if not font.name.startswith("Last Resort")]  # which has empty boxes
+    fonts.sort(key=lambda font: (font.name != "DejaVu Sans", font.style != "normal", font.weight != 400))
+    return next((font for font in fonts if ord(character) in FT2Font(font.fname).get_charmap()), None)
 
 
 def drawable(text: str) -> str:
@@ -205,10 +199,9 @@ def _save(figure, path: str | Path) -> None:
     from matplotlib.text import Text
 
     texts = figure.findobj(Text)
-    odd = sorted({char for text in texts for char in text.get_text() if not char.isascii() and find_font(char)})
-    families = ["DejaVu Sans", *(find_font(char).name for char in odd)]
+    fonts = {find_font(char) for text in texts for char in text.get_text() if not char.isascii()} - {None}
     for text in texts:
-        text.set_fontfamily(list(dict.fromkeys(families)))
+        text.set_fontfamily(["DejaVu Sans", *sorted(font.name for font in fonts)])
     figure.savefig(path, format="png")
 
 

@@ -165,6 +165,18 @@ def interrupt(main, args, function, call=1):
     return err
 
 
+@contextlib.contextmanager
+def full_disk(size):
+    """Inside, this process can write no file of more than `size` bytes."""
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
 def draw_folder(root, counts, size=48, ending=".png"):
     """Draws {class name: count} distinct images into class folders under `root`; returns `root` as a Path."""
     root = Path(root)

@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -185,6 +186,18 @@ def test_a_changed_folder_is_read_anew_and_its_old_cache_removed(change, root, o
     assert np.array_equal(first.images, pixels)  # whoever has the old one mapped keeps it
 
 
+def test_two_images_that_are_swapped_are_read_anew(tmp_path):
+    """Though names, sizes and times of change are as before."""
+    root = draw_folder(tmp_path, {"happy": 1, "sad": 1}, 24, ending=".bmp")
+    one, two = sorted(root.glob("*/*.bmp"))
+    for swaps in range(2):
+        for path in (one, two):
+            os.utime(path, ns=(5, 5))
+        assert_like_read_image(FolderImages(root, GRAY), GRAY)
+        for source, target in ((one, tmp_path / "x"), (two, one), (tmp_path / "x", two)) if swaps == 0 else ():
+            os.replace(source, target)
+
+
 def test_every_folder_and_spec_has_a_cache_of_its_own(tmp_path, own_cache):
     one, two = (draw_folder(tmp_path / name / "train", {"happy": 2}, 24, ending=".bmp") for name in ("one", "two"))
     draw_image(99, 24).save(two / "happy" / "happy_000.bmp")
@@ -290,6 +303,9 @@ def test_the_cache_folder_of_each_system(tmp_path, monkeypatch):
         for system, (own, default) in systems.items():
             monkeypatch.setattr(sys, "platform", system)
             assert default_cache_dir() == Path(own or tmp_path / default, "emotion_cnn")
+    monkeypatch.setenv("XDG_CACHE_HOME", "")
+    monkeypatch.setattr(Path, "home", Path("~nobody.here").expanduser)  # as for a user without a home
+    assert default_cache_dir() == Path(tempfile.gettempdir(), "emotion_cnn")
 
 
 def test_an_image_that_was_mended_is_read_though_size_and_time_are_the_same(root):

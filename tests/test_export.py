@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import PORTRAIT, REPO, assert_refused, draw_folder, draw_image, refusal, run
+from conftest import PORTRAIT, REPO, assert_refused, draw_folder, draw_image, full_disk, refusal, run
 from PIL import Image
 from test_predict import NAMES, write_checkpoint
 from torch import nn
@@ -162,7 +162,7 @@ def test_int8_is_smaller_and_measured(tmp_path):
     lines = [line for line in printed.splitlines() if "accuracy" in line]
     original, quantized = (float(line.partition("accuracy ")[2].partition("%")[0]) for line in lines)
     assert original > 25 and abs(original - quantized) <= 5
-    int8, _ = load_model(out / "emotion_model.int8.onnx")
+    int8, _ = load_model(out / "emotion_model.int8.onnx", trust=True)
     assert predict_image(int8, PORTRAIT, names)[0] == predict_image(model, PORTRAIT, names)[0]
 
 
@@ -176,6 +176,14 @@ def test_nothing_of_others_is_overwritten(folder, tmp_path, monkeypatch):
     assert load_model("emotion_model.pt")[1] == NAMES
     assert_refused(main, ["--checkpoint", "emotion_model.pt", "--formats", "torchscript"], "--output-dir")
     assert (tmp_path / "emotion_model.pt").read_bytes() == (folder / "model.pth").read_bytes()
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_full_disk_is_named_and_leaves_nothing(name, folder, tmp_path):
+    words = ["--checkpoint", folder / "model.pth", "--output-dir", tmp_path, "--formats", name]
+    with full_disk(1_000_000):
+        assert_refused(main, words, "can't be written: File too large")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_other_probabilities_leave_no_file_but_an_earlier_one(folder, tmp_path, monkeypatch):
@@ -242,12 +250,12 @@ def test_foreign_files_are_one_line(folder, tmp_path):
     info |= {"num_classes": 4, "class_names": [*NAMES, "surprise"]}
     onnx.helper.set_model_props(program, {"emotion.json": json.dumps(info)})
     onnx.save(program, tmp_path / "emotion_model.onnx")
-    assert "4 classes" in refusal(load_model, tmp_path / "emotion_model.onnx")
+    assert "4 classes" in refusal(load_model, tmp_path / "emotion_model.onnx", trust=True)
 
 
 def test_what_an_exported_file_can_not_do(folder):
-    words = [PORTRAIT, "--checkpoint", folder / "emotion_model.onnx", "--device", "cuda"]
+    words = [PORTRAIT, "--checkpoint", folder / "emotion_model.onnx", "--trust", "--device", "cuda"]
     assert_refused(predict_emotion.main, words, "--device cuda")
     assert "its own arch" in refusal(load_model, folder / "emotion_model.onnx", arch="cnn4_bn", class_names=NAMES)
-    for file in ("emotion_model.pt", "emotion_model.pt2"):  # they can carry code
+    for file in ("emotion_model.pt", "emotion_model.pt2", "emotion_model.onnx"):  # they run code, or loops without end
         assert_refused(predict_emotion.main, [PORTRAIT, "--checkpoint", folder / file], "--trust")

@@ -12,6 +12,7 @@ from faces.align import Face
 from faces.overlay import COLORS, Targets, draw_faces
 from inference import View
 from predict_emotion import main
+from reports import find_font
 
 PREDICTION = ("happy", 97.5, {"happy": 97.5, "sad": 2.5})
 WHOLE, NONE = (View(None, "crop"), PREDICTION), (View(None, "none"), None)
@@ -66,6 +67,15 @@ def test_labels_are_readable_at_any_size(size, found):
     rows = np.flatnonzero(label.sum(1) > 40)
     assert rows.max() - rows.min() >= max(13, max(image.shape[:2]) / 90)
     assert ((image.max(2) < 60) & np.roll(label, 3, 1)).any()  # letters
+
+
+def test_letters_that_pillow_lacks_are_drawn():
+    """Ü and ß are two boxes in its own font; what no font has is a question mark."""
+    view, _ = result(1, 20, 20, 100)
+    names = ["Ü" * 4, "ß" * 4, "?" * 4, "怒" * 4]
+    images = [np.asarray(draw_faces(canvas(400, 300), [(view, (name, 50.0, {name: 50.0}))])) for name in names]
+    assert np.array_equal(*images[2:]) == (find_font("怒") is None)
+    assert not np.array_equal(*images[:2]) and not np.array_equal(*images[1:3])
 
 
 @pytest.mark.parametrize(

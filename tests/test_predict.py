@@ -1,5 +1,6 @@
 """predict_emotion.py: the import API, the command line, and that prediction sees what training saw."""
 
+import copy
 import csv
 import hashlib
 import io
@@ -28,7 +29,7 @@ from engine.augment import Strengths, augment
 from inference import BUNDLED
 from models import count_parameters, create_model, last_layer
 from predict_emotion import TableWriter, format_bars, load_model, main, predict_image, predict_images
-from preprocessing import to_input
+from preprocessing import read_image, to_input
 
 NAMES = ["angry", "happy", "sad"]
 COLUMNS = ["file", "time", "face", "left", "top", "width", "height", "score", "emotion", "confidence", *NAMES]
@@ -139,6 +140,12 @@ def test_what_the_functions_refuse(model, photo, tmp_path):
     assert "3 classes, but class_names has 2" in refusal(predict_image, model, photo, ["a", "b"])
     for image in (str(photo), photo, np.zeros((48, 48), np.uint8), Image.new("L", (48, 48))):
         assert refusal(predict_images, model, image, NAMES).endswith("call predict_image")
+    for size in (0, -1):
+        assert "batch_size" in refusal(predict_images, model, [photo], NAMES, batch_size=size)
+    large = copy.deepcopy(model)
+    for value in large.parameters():  # finite, but sums of them are not
+        value.data.fill_(1e38)
+    assert "NaN" in refusal(predict_image, large, photo, NAMES)
 
 
 def test_the_bundled_model_is_the_last_resort(tmp_path, monkeypatch):
@@ -281,6 +288,27 @@ def test_unreadable_images_among_good_ones_and_alone(predict, checkpoint, photo,
     assert str(one) in err and "1 image, 1 could not be read" in err
 
 
+def test_one_odd_image_does_not_end_annotation(predict, tmp_path, monkeypatch):
+    """Nor are the copies inputs of the next run."""
+    folder = draw_folder(tmp_path / "in", {"a": 3})
+    Image.new("1", (19_000, 1)).save(folder / "a" / "thin.png")
+    draw_image(8).save(folder / "a" / f"{'long' * 60}.png")
+    gone = folder / "a" / "a_001.png"
+    words = [folder, "--annotate", folder, "--faces", "off", "--output", tmp_path / "p.csv"]
+
+    def read_and_lose(source, spec):
+        image = read_image(source, spec)
+        if str(source) == str(gone):
+            gone.unlink()
+        return image
+
+    monkeypatch.setattr(inference, "read_image", read_and_lose)
+    code, out, err = predict(*words)
+    assert code == 0 and len(out.splitlines()) == len(rows_of(tmp_path / "p.csv")) == 5
+    assert err.count(str(gone)) == 1 and len(list(folder.glob("*.faces.jpg"))) == 4
+    assert len(predict(*words)[1].splitlines()) == len(predict(f"{folder}/**/*.*", *words[1:])[1].splitlines()) == 4
+
+
 def test_info(predict, photo):
     code, out, err = predict("--info", photo)
     assert (code, err) == (0, "") and "Predicted" not in out
@@ -350,7 +378,7 @@ def test_a_table_that_cannot_be_written_is_named(tmp_path, rows):
 
 def test_names_of_every_kind_are_read_back_from_a_table_and_are_no_formulas(predict, tmp_path, monkeypatch):
     """A spreadsheet would run what begins with =, +, - or @; a name from outside stays text."""
-    names = ["=1+1.png", "@sum.png", "plain.png", "🙂.png"]
+    names = ["=1+1.png", "@sum.png", "plain.png", "🙂.png", "x;=1+1;y.png"]
     if sys.platform.startswith("linux"):  # which has names that other systems have not
         names += ['a;b,c".png', "new\nline.png", os.fsdecode(b"caf\xe9.png"), "\x1b[31mred.png", "a\r\nb'.png"]
     monkeypatch.chdir(tmp_path)
@@ -362,6 +390,7 @@ def test_names_of_every_kind_are_read_back_from_a_table_and_are_no_formulas(pred
         code, out, err = predict(*names, "--output", table, "--checkpoint", model)
         assert code == 0 and len(out.splitlines()) == len(names) and (out + err).replace("\n", "").isprintable()
     cells, rows = rows_of(Path("p.csv")), rows_of(Path("p.json"))
+    assert '"x;=1+1;y.png",' in Path("p.csv").read_text(errors="replace")  # one cell also if semicolons separate
     assert [row["file"] for row in cells] == [f"'{name}" if name[0] in "=@" else name for name in names]
     assert list(cells[0])[-5:] == ['a;b,c"', "'=cmd()", "'＋y", "'z", "'+1"]
     assert [row["file"] for row in rows] == names and list(rows[0])[-5:] == classes

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import assert_refused, draw_folder, interrupt, open_faceless, open_portrait, run
+from conftest import assert_refused, draw_folder, full_disk, interrupt, open_faceless, open_portrait, run
 from PIL import Image
 
 from predict_emotion import BUNDLED, load_model, predict_faces, predict_image
@@ -339,7 +339,7 @@ def test_ctrl_c_leaves_nothing(tmp_path, name, function, target):
         *((f"fer2013 a.zip --output-dir {place}", "not empty") for place in ("full", "full/mine.txt")),
         ("fer2013 a.zip --output-dir full/mine.txt/out", "File exists"),
         ("sample --seed -1", "--seed"),
-        ("sample --output-dir full/mine.txt", "can't draw the sample set"),
+        ("sample --output-dir full/mine.txt", "full/mine.txt"),
         ("crop nowhere --output-dir out", "nowhere"),
         ("crop empty --output-dir out", "holds no images"),
         ("crop photos --output-dir photos/out", "inside"),
@@ -357,11 +357,16 @@ def test_wrong_arguments_change_nothing(tmp_path, monkeypatch, command, word):
 
 def test_sample(tmp_path):
     arguments = ["sample", "--output-dir", tmp_path / "set", "--seed"]
+    write(tmp_path, {"set/mine.txt": b"mine"})  # the folder may hold other things
+    with full_disk(1500):
+        assert_refused(main, [*arguments, 3], "can't fill --output-dir", "File too large")
+    assert [path.name for path in (tmp_path / "set").iterdir()] == ["mine.txt"]
     code, out, err = run(main, *arguments, 3)
     assert (code, err) == (0, "")
     places = [(tmp_path / "set" / "train", 560), (tmp_path / "set" / "test", 140)]
     assert out.splitlines() == [f"{place}: {count} images, 7 classes" for place, count in places]
     assert [len(read_tree(place)) for place, _ in places] == [560, 140]
+    (tmp_path / "set" / "mine.txt").unlink()
     drawn = read_tree(tmp_path / "set")
     assert_refused(main, [*arguments, 4], tmp_path / "set" / "train")
     assert read_tree(tmp_path / "set") == drawn

@@ -163,13 +163,19 @@ def test_what_is_no_image_is_refused(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:Image size")  # Pillow's own
-def test_more_pixels_than_allowed_are_refused_before_decoding(tmp_path, monkeypatch):
-    assert "100,000,000" in refused(saved(Image.new("1", (10_001, 10_000)), tmp_path / "bomb.png"))
-    monkeypatch.setattr(preprocessing, "MAX_PIXELS", 500)
-    read_image(saved(draw_image(1, 22), tmp_path / "ok.png"), GRAY)
-    path = saved(draw_image(1, 23), tmp_path / "large.png")
-    path.write_bytes(path.read_bytes()[:60])  # decoding would find it truncated
-    assert "23 x 23 pixels are more than the 500" in refused(path)
+def test_more_pixels_than_allowed_are_refused_before_decoding(tmp_path):
+    """However small the file is; but a JPEG is decoded at a half or a quarter."""
+    sizes = {"many.png": (6_500, 6_500), "wide.png": (20_001, 1), "high.png": (1, 20_001)}
+    for name, size in sizes.items():
+        path = saved(Image.new("1", size), tmp_path / name)
+        path.write_bytes(path.read_bytes()[:60])  # decoding would find it truncated
+        assert f"{size[0]} x {size[1]} pixels are more" in refused(path)
+    for side, shown in ((6_000, 6_000), (10_000, 5_000), (13_200, 3_300)):
+        image = Image.new("L", (side, side), 255)
+        image.paste(0, (side // 2, 0, side, side))
+        path = saved(image, tmp_path / "large.jpg")
+        assert read_whole(path).shape == (shown, shown, 3)
+        assert np.abs(read_image(path, GRAY)[0] - read_image(image.reduce(side // 100), GRAY)[0].astype(int)).max() < 4
 
 
 def test_printable_escapes_what_a_terminal_would_obey():

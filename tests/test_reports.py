@@ -109,7 +109,7 @@ HISTORY = [
     {"epoch": number, "train_loss": 1 / number, "train_acc": 0.5, "val_loss": loss, "val_acc": acc}
     for number, loss, acc in ((1, 1.0, 0.5), (2, 0.9, 0.7), (3, 0.8, 0.7), (4, 0.1, 0.6))
 ]
-SPECIAL = ["a$b", "$c$ d", r"\$e", r"\alpha", "x_1^2", "{curly}", "100%", "a" * 60, "wütend"]
+SPECIAL = ["a$b", "$c$ d", r"\$e", r"\alpha", "x_1^2", "{curly}", "100%", "a" * 60, "wütend", "怒り", "غاضب"]
 
 
 @pytest.mark.parametrize("names", [SPECIAL, [f"class {number}" for number in range(80)]], ids=["special", "many"])
@@ -118,6 +118,7 @@ def test_confusion_matrix(names, tmp_path):
     labels, path = list(range(len(names) - 1)), tmp_path / "matrix.any name"  # the last class is absent
     metrics = metrics_of(labels * 3, labels * 2 + [0] * len(labels), names)
     reports.plot_confusion_matrix(metrics, path)
+    assert "怒り" not in reports._numbered(["a", "怒り"]) or reports.find_font("怒").name != "DejaVu Sans"
     pixels = read_plot(path)
     assert (pixels[..., 2] > pixels[..., 0] + 80).mean() > 0.005  # the blue cells can be seen
 

@@ -160,8 +160,15 @@ def test_too_little_to_train_on(tmp_path):
     (tmp_path / "train").mkdir()
     for counts, word in (({}, "class folders"), ({"sad": 1}, "only the class sad"), ({"angry": 1}, "too few")):
         draw_folder(tmp_path / "train", counts, 8)
-        assert f"{tmp_path / 'train'} " in (message := refusal(load, tmp_path)) and word in message
+        assert str(tmp_path / "train") in (message := refusal(load, tmp_path)) and word in message
     assert "too few" in refusal(load_one, tmp_path, "val")
+    for name in ("angry", "sad"):
+        for number in range(9):
+            shutil.copy(next((tmp_path / "train" / name).iterdir()), tmp_path / "train" / name / f"copy{number}.png")
+    assert "20 images" in (message := refusal(load, tmp_path)) and "2 of them different" in message
+    draw_folder(tmp_path / "train", {"angry": 3}, 8)
+    (note,) = load(tmp_path).notes
+    assert "the 10 images in" in note and note.endswith("sad are all the same one: add others")
 
 
 def test_drawings_and_numbers_are_told(tmp_path):
