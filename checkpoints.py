@@ -14,6 +14,7 @@ import pickle
 import pickletools
 import re
 import time
+import uuid
 import warnings
 import zipfile
 from collections.abc import Callable
@@ -106,7 +107,8 @@ def replace_file(path: str | Path, write) -> None:
     Raises InputError that names `path` if it can't be written; no temporary file is left behind.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    unique = uuid.uuid4().hex[:8]  # containers that share a folder also share the numbers of processes
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{unique}.tmp")
     try:
         write(temporary)
         with temporary.open("rb+") as file:

@@ -146,7 +146,7 @@ def check_writable(path: str | Path, flag: str = "--output") -> None:
     try:
         if path.is_dir():
             raise IsADirectoryError(0, "it is a folder")
-        with tempfile.NamedTemporaryFile(prefix=f".{path.name}.", suffix=".rows.tmp", dir=path.parent):
+        with tempfile.NamedTemporaryFile(prefix=f".{path.name}.", suffix=".12345.rows.tmp", dir=path.parent):
             pass
     except OSError as error:
         raise InputError(f"can't write {flag} {path}: {error.strerror}") from None

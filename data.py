@@ -15,7 +15,6 @@ import os
 import sys
 import tempfile
 import time
-import uuid
 from collections import Counter
 from importlib.util import find_spec
 from pathlib import Path
@@ -24,6 +23,7 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
+from checkpoints import replace_file
 from errors import InputError, printable
 from models import InputSpec
 from preprocessing import decode_paths, in_chunks
@@ -267,20 +267,13 @@ class FolderImages:
 
         Processes that build the same cache at once write the same, so it does not matter which one is first.
         """
-        unique = uuid.uuid4().hex  # not the process's number: containers that share a folder share those
-        temporary = {suffix: path.with_suffix(f".{unique}{suffix}.tmp") for suffix in (".npy", ".json")}
-        try:
-            with temporary[".npy"].open("wb") as file:
+
+        def write(temporary: Path) -> None:
+            with temporary.open("wb") as file:
                 info = self._write_images(file, listed)
-                file.flush()
-                os.fsync(file.fileno())  # a power cut must not leave zeros of the right size
-            temporary[".json"].write_text(json.dumps(info), encoding="utf-8")
-            for suffix, source in temporary.items():
-                with contextlib.suppress(PermissionError):  # Windows, if another run was first and has it open
-                    os.replace(source, path.with_suffix(suffix))
-        finally:
-            for source in temporary.values():
-                source.unlink(missing_ok=True)
+            replace_file(path.with_suffix(".json"), lambda other: other.write_text(json.dumps(info), encoding="utf-8"))
+
+        replace_file(path, write)
         _remove_stale(path)
 
     def _write_images(self, file: BinaryIO, listed: list[ImageFile]) -> dict:
@@ -342,7 +335,7 @@ def _read_cache(path: Path, count: int) -> tuple[np.ndarray, dict]:
 def _remove_stale(path: Path) -> None:
     """Removes caches of the same folder and spec with other files, and what killed runs left a day ago."""
     folder_and_spec = path.stem.rpartition("-")[0]
-    for other in path.parent.glob(f"{folder_and_spec}-*"):
+    for other in path.parent.glob(f"*{folder_and_spec}-*"):
         with contextlib.suppress(OSError):  # gone meanwhile, or mapped by another process, which Windows keeps
             is_leftover = other.suffix == ".tmp" and time.time() - other.stat().st_mtime > 86_400
             if (other.suffix != ".tmp" and other.stem != path.stem) or is_leftover:

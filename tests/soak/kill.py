@@ -31,7 +31,7 @@ def command(root: Path, out: str, *more: str) -> list:
 
 def is_writing(folder: Path, pid: int) -> bool:
     """Whether `folder` holds a temporary file of that process; those of processes killed before stay."""
-    return any(name.endswith(f".{pid}.tmp") for name in os.listdir(folder))
+    return any(f".{pid}." in name for name in os.listdir(folder))
 
 
 def kill(process: subprocess.Popen, folder: Path, rng: random.Random, *, while_writing: bool) -> tuple[bool, bool]:
