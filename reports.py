@@ -180,8 +180,9 @@ def find_font(character: str):
 
 
 def drawable(text: str) -> str:
-    """`text` with a question mark for what no font has."""
-    return "".join(char if char.isascii() or find_font(char) else "?" for char in text)
+    """`text` with a question mark for what no font has, and for control characters except line breaks."""
+    shown = (char == "\n" or char.isprintable() and (char.isascii() or find_font(char)) for char in text)
+    return "".join(char if is_shown else "?" for char, is_shown in zip(text, shown, strict=True))
 
 
 def _plain(text: str) -> str:

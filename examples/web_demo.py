@@ -63,17 +63,17 @@ def build_page(gr, model, path: str):
     examples = [path for path in [str(PHOTO), *drawings] if os.path.isfile(path)]
     uploads = Path(os.environ["GRADIO_TEMP_DIR"]).resolve()
 
-    def classify(path: str | None):
-        if path is None:
+    def classify(photo):  # a path, or the pixels of an example
+        if photo is None:
             return None, "", []
         try:
-            if path not in examples and not Path(path).resolve().is_relative_to(uploads):
+            if isinstance(photo, str) and not Path(photo).resolve().is_relative_to(uploads):
                 raise InputError("a request may name any file of this computer")
-            results, message = find_emotions(model, path)
+            results, message = find_emotions(model, photo)
         except InputError:
             return None, "This file can't be read as an image. Try a JPEG or PNG file.", []
         labels = [{name: percent / 100 for name, percent in found[2].items()} for _, found in results if found]
-        return draw_faces(read_whole(path), results), message, labels
+        return draw_faces(read_whole(photo), results), message, labels
 
     with gr.Blocks(title="Facial emotions", analytics_enabled=False, delete_cache=(60, 600)) as page:
         gr.Markdown(f"# Facial emotions\n{PRIVACY}")

@@ -110,6 +110,27 @@ def test_a_failing_write_leaves_the_old_file(saved, error):
     assert path.read_bytes() == before and os.listdir(path.parent) == [path.name]
 
 
+@pytest.mark.skipif(os.name != "posix", reason="flushes folders")
+def test_what_is_written_outlives_a_power_cut(saved, monkeypatch):
+    """The content is flushed before it gets its name, and the name after that."""
+    calls, fsync, replace_name = [], os.fsync, os.replace
+
+    def keep_fsync(number):
+        calls.append(("flush", os.path.realpath(f"/proc/self/fd/{number}")))
+        fsync(number)
+
+    def keep_replace(source, target):
+        calls.append(("move", str(source), str(target)))
+        replace_name(source, target)
+
+    monkeypatch.setattr(os, "fsync", keep_fsync)
+    monkeypatch.setattr(os, "replace", keep_replace)
+    path, checkpoint = saved
+    save_checkpoint(checkpoint, path)
+    temporary = calls[0][1]
+    assert calls == [("flush", temporary), ("move", temporary, str(path)), ("flush", str(path.parent))]
+
+
 class Malice:
     """Unpickles to a call that makes a file in the current folder."""
 

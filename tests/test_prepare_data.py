@@ -253,6 +253,29 @@ def test_damaged_sources(tmp_path, name, damage):
     refuse(source, name)
 
 
+@pytest.mark.parametrize("compress", [lambda content: content, gzip.compress], ids=["tar", "tar.gz"])
+@pytest.mark.parametrize("damage", ["cut", "header"])
+def test_a_tar_does_not_end_early(tmp_path, damage, compress):
+    """Cut off between two members, or with a damaged header: to tarfile both look like the end."""
+    content = write(tmp_path / "whole.tar", FILES).read_bytes()
+    with tarfile.open(tmp_path / "whole.tar") as archive:
+        start = archive.getmembers()[5].offset
+    rest = {"cut": b"", "header": b"\xff" * 512 + content[start + 512 :]}[damage]
+    source = tmp_path / f"a.tar{'.gz' * (compress is gzip.compress)}"
+    source.write_bytes(compress(content[:start] + rest))
+    refuse(source, "cut short or damaged")
+
+
+def test_what_would_take_for_ever_ends_early(tmp_path):
+    """A table of blank lines, and a folder that links to itself, twice."""
+    (tmp_path / "a.zip").write_bytes(zip_bytes({"fer2013.csv": b"\n" * 30_000_000}))
+    refuse(tmp_path / "a.zip", "this is not FER2013")
+    (tmp_path / "loop").mkdir()
+    for name in ("one", "two"):
+        (tmp_path / "loop" / name).symlink_to(tmp_path / "loop", target_is_directory=True)
+    refuse(tmp_path / "loop", "holds no train/")
+
+
 def test_headers_of_a_zip_that_lie(tmp_path):
     content = zip_bytes({"train/happy/a.jpg": noise(1)}, zipfile.ZIP_STORED)
     size, small, large = (number.to_bytes(4, "little") for number in (len(noise(1)), 10, 10**9))

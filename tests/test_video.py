@@ -1,7 +1,9 @@
 """Videos as input: rows with times, numbered faces, an annotated copy with sound; clips are made from a portrait."""
 
+import os
 import re
 import sys
+import warnings
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
@@ -19,6 +21,7 @@ from predict_emotion import main
 
 av = pytest.importorskip("av", reason="needs PyAV")
 FRAMES, FPS, SIZE = 24, 12, (320, 240)
+CLIP = "my \x1b[31m clip" if os.name == "posix" else "my clip"  # a terminal must not obey it
 UNEVEN = [0, 0.1, 0.15, 0.5, 0.6, 1.25]
 
 
@@ -97,19 +100,21 @@ def test_rows_have_times_faces_keep_their_numbers_and_shares_are_printed(predict
 
 
 def test_annotated_copy_and_timeline(predict, tmp_path):
-    clip, photo = write_clip(tmp_path / "my clip.mp4", times=UNEVEN, empty=[2, 3], sound="aac"), tmp_path / "a.png"
+    clip, photo = write_clip(tmp_path / f"{CLIP}.mp4", times=UNEVEN, empty=[2, 3], sound="aac"), tmp_path / "a.png"
     before, folder = clip.read_bytes(), tmp_path / "out"
     open_portrait().save(photo)
-    code, _, err = predict(clip, photo, "--every", 2, "--annotate", folder)
+    with warnings.catch_warnings(action="error"):
+        code, _, err = predict(clip, photo, "--every", 2, "--annotate", folder)
     assert code == 0 and err.splitlines()[-1] == "1 image, 1 video, 3 faces, 1 without a face", err
-    assert {path.name for path in folder.iterdir()} == {"my clip.faces.mp4", "my clip.timeline.png", "a.faces.jpg"}
-    copy, original = Video(folder / "my clip.faces.mp4"), Video(clip)
+    assert err.replace("\n", "").isprintable()
+    assert {path.name for path in folder.iterdir()} == {f"{CLIP}.faces.mp4", f"{CLIP}.timeline.png", "a.faces.jpg"}
+    copy, original = Video(folder / f"{CLIP}.faces.mp4"), Video(clip)
     pairs = list(zip(copy, original, strict=True))
     assert [a[1] for a, _ in pairs] == pytest.approx(UNEVEN) and copy.size == original.size
     changed = [np.abs(a[2].astype(int) - b[2]).max(2) > 60 for a, b in pairs]
     assert all(frame.mean() > 0.005 for frame in changed)  # box and label, or that there is no face
-    assert read_sound(folder / "my clip.faces.mp4") == read_sound(clip) and clip.read_bytes() == before
-    with Image.open(folder / "my clip.timeline.png") as image:
+    assert read_sound(folder / f"{CLIP}.faces.mp4") == read_sound(clip) and clip.read_bytes() == before
+    with Image.open(folder / f"{CLIP}.timeline.png") as image:
         assert len(np.unique(np.asarray(image.convert("RGB")).reshape(-1, 3), axis=0)) > 20
 
 

@@ -94,6 +94,21 @@ def test_other_images_and_that_nobody_else_is_asked(page, tmp_path):
     assert not [url for url in page.asked if not url.startswith((page.url, "data:", "blob:"))]
 
 
+def test_no_other_file_of_the_server_is_read(page, tmp_path):
+    """Though a request names it; what was uploaded may be named."""
+    draw_image(1).save(tmp_path / "secret.png")
+    upload = page.request.post(
+        f"{page.url}gradio_api/upload",
+        multipart={
+            "files": {"name": "photo.png", "mimeType": "image/png", "buffer": (tmp_path / "secret.png").read_bytes()}
+        },
+    )
+    ask = f"{page.url}gradio_api/call/classify"
+    for path, words in ((tmp_path / "secret.png", "be read as an image"), (upload.json()[0], "taken for one face")):
+        event = page.request.post(ask, data={"data": [{"path": str(path)}]}).json()["event_id"]
+        assert words in page.request.get(f"{ask}/{event}").text()
+
+
 @pytest.mark.skipif(os.name != "posix", reason="sends a POSIX signal")
 def test_images_are_deleted_however_it_ends(tmp_path):
     with serve(tmp_path, signal.SIGTERM):
