@@ -44,16 +44,16 @@ def _is_text(value) -> bool:
     return isinstance(value, str) and value.isprintable()
 
 
-def _is_number(value) -> bool:
+def is_number(value) -> bool:
     return (isinstance(value, float) and math.isfinite(value)) or (type(value) is int and abs(value) < 2**53)
 
 
 def _is_plain(value) -> bool:
     is_list = isinstance(value, list) and all(map(_is_text, value))
-    return value is None or isinstance(value, bool) or _is_number(value) or _is_text(value) or is_list
+    return value is None or isinstance(value, bool) or is_number(value) or _is_text(value) or is_list
 
 
-def _is_table(value, is_valid: Callable) -> bool:
+def is_table(value, is_valid: Callable) -> bool:
     return isinstance(value, dict) and all(map(_is_text, value)) and all(map(is_valid, value.values()))
 
 
@@ -70,8 +70,8 @@ _SCHEMA: dict[str, tuple[str, Callable]] = {
     "temperature": ("a number from 0.01 to 100", lambda value: isinstance(value, float) and 0.01 <= value <= 100),
     "trained_on": ("text", lambda value: isinstance(value, str)),
     "epoch": ("a number of epochs", lambda value: type(value) is int and 0 <= value < 2**31),
-    "metrics": ("a dict of finite numbers", lambda value: _is_table(value, _is_number)),
-    "config": ("a dict of plain values", lambda value: _is_table(value, _is_plain)),
+    "metrics": ("a dict of finite numbers", lambda value: is_table(value, is_number)),
+    "config": ("a dict of plain values", lambda value: is_table(value, _is_plain)),
 }
 
 

@@ -13,6 +13,8 @@ from checkpoints import (
     BEST_NAME,
     FINAL_NAME,
     PREVIOUS_NAME,
+    is_number,
+    is_table,
     make_checkpoint,
     read_checkpoint,
     replace_file,
@@ -122,6 +124,13 @@ def read_resumable(path: Path) -> dict:
     checkpoint = read_checkpoint(path)
     if "optimizer" not in checkpoint:
         raise InputError(f"--resume: {path} can't be resumed; pass the {FINAL_NAME} next to it")
+    rows, best = checkpoint.get("history"), checkpoint.get("best_metric")
+    columns = {"epoch", "val_acc", "val_loss"}
+    is_valid = isinstance(rows, list) and len(rows) == checkpoint["epoch"] > 0 and is_table(best, is_number)
+    if not is_valid or not columns <= best.keys() or not all(is_table(row, is_number) for row in rows):
+        raise InputError(f"--resume: {path} is damaged: its history or 'best_metric' is not what training writes")
+    if not columns | {"train_acc", "train_loss"} <= rows[0].keys() or any(row.keys() != rows[0].keys() for row in rows):
+        raise InputError(f"--resume: {path} is damaged: columns of its history are missing")
     return checkpoint
 
 

@@ -7,7 +7,7 @@ import sys
 import pytest
 from conftest import REPO
 
-from tests.soak import fuzz, kill
+from tests.soak import fuzz, hostile, kill
 
 
 @pytest.mark.skipif(os.name != "posix", reason="sends a POSIX signal")
@@ -20,6 +20,11 @@ def test_killed_runs_go_on_as_if_they_had_not_been(tmp_path, monkeypatch):
 def test_damaged_files_are_read_or_named(tmp_path):
     found = fuzz.soak(180, tmp_path)
     assert found["PNG", "cut", "refused"] == 10
+
+
+def test_mutated_checkpoints_are_an_answer_or_one_line(tmp_path):
+    found = hostile.soak(18, tmp_path)
+    assert found["value", "read"] and found["value", "refused"] and found["bytes", "refused"]
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="needs Linux's /proc")
