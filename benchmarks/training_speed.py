@@ -41,7 +41,7 @@ from engine.step import TrainStep, train_one_epoch
 from errors import InputError
 from models import InputSpec, create_model, get_arch
 from splits import Batches, draw_order, load_splits
-from train_emotion_cnn import load_data, make_model, make_step, parse_settings, seed_torch
+from train_emotion_cnn import load_data, make_model, make_step, parse_settings, set_up_torch
 
 ARCHS = ("seresnet13", "cnn6_bn", "cnn6_rgb", "cnn4_bn", "cnn4", "mobilenet_v2")
 FER2013 = 28_709  # training images
@@ -93,7 +93,7 @@ def make_baseline(settings: Settings, workers: int, device: torch.device):
 
 def start_training(settings: Settings, device: torch.device) -> tuple[TrainStep, Batches]:
     """The step and the training images, as train_emotion_cnn.py makes them."""
-    seed_torch(settings)
+    set_up_torch(settings)
     splits = load_data(settings, device)
     check_count(len(splits.train), settings)
     model = make_model(settings, splits, device)
