@@ -36,7 +36,7 @@ PREVIOUS_NAME = "best_emotion_model.previous.pth"  # the best checkpoint of an e
 # number: bytearray, UntypedStorage, the classes of tensors.
 _HARMLESS = re.compile(
     r"torch\.(\w+Storage|b?float\w+|u?int\d+|bool|complex\d+|Size|device)|torch\._utils\._rebuild_(tensor(_v2)?|parameter)"
-    r"|torch\.nn\.parameter\.Parameter|collections\.(OrderedDict|Counter)|(__builtin__|builtins)\.set|_codecs\.encode"
+    r"|torch\.nn\.parameter\.Parameter|collections\.(OrderedDict|Counter)|(__builtin__|builtins)\.set"
 )
 
 
@@ -49,8 +49,8 @@ def is_number(value) -> bool:
 
 
 def _is_plain(value) -> bool:
-    is_list = isinstance(value, list) and all(map(_is_text, value))
-    return value is None or isinstance(value, bool) or is_number(value) or _is_text(value) or is_list
+    is_list = isinstance(value, list) and all(isinstance(part, str) for part in value)
+    return value is None or isinstance(value, bool | str) or is_number(value) or is_list
 
 
 def is_table(value, is_valid: Callable) -> bool:
@@ -187,8 +187,10 @@ def _check_pickles(path: Path) -> None:
         else:
             file.seek(0)
             pickles = [file] * 5  # of torch before 1.6: a number, a version, the system, the content, names of storages
-        for stream in pickles:
+        for part, stream in enumerate(pickles):
             for operation, value, _ in pickletools.genops(stream):
+                if part == 3 and isinstance(value, int) and value > path.stat().st_size:  # elements of a storage
+                    raise ValueError("larger than the file")
                 name = value.replace(" ", ".") if operation.name == "GLOBAL" else ""
                 if name and not _HARMLESS.fullmatch(name):
                     raise InputError(

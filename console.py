@@ -21,10 +21,16 @@ def run_script(main: Callable[[], int | None]) -> None:
     A closed terminal and what `docker stop` sends are Ctrl-C too, except that torchrun ends its processes by itself.
     """
     limit_threads()
-    for name in ("SIGTERM", "SIGHUP") if torchrun_ranks() is None else ():
-        number = getattr(signal, name, None)  # Windows has one of them
-        if number and signal.getsignal(number) == signal.SIG_DFL:  # nohup has a run ignore SIGHUP
-            signal.signal(number, signal.default_int_handler)
+    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    numbers = [number for number in numbers if signal.getsignal(number) == signal.SIG_DFL]  # nohup ignores SIGHUP
+
+    def interrupt(*_) -> None:
+        for number in numbers:  # a terminal that is closed sends more than one
+            signal.signal(number, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
+    for number in numbers if torchrun_ranks() is None else ():
+        signal.signal(number, interrupt)
     warnings.filterwarnings("ignore", module="PIL")  # it refuses these images anyway, or reads them
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # notebooks have streams of their own
@@ -93,12 +99,10 @@ def to_flags(config: dict) -> list[str]:
     flags = []
     for name, value in config.items():
         flag = "--" + name.replace("_", "-")
-        if isinstance(value, list):
-            flags += [flag, *value]
-        elif value is True:
+        if value is True:
             flags.append(flag)
         elif value is not None and value is not False:
-            flags.append(f"{flag}={value}")
+            flags += [f"{flag}={part}" for part in (value if isinstance(value, list) else [value])]
     return flags
 
 
@@ -120,24 +124,25 @@ def own_output_dir(path: str | Path) -> Iterator[Path]:
     The system ends the lock with the process, however that ends. On a file system without locks nobody is kept out.
     """
     path, is_posix = make_output_dir(path), os.name == "posix"
-    handle = os.open(path if is_posix else path / ".lock", os.O_RDONLY if is_posix else os.O_RDWR | os.O_CREAT)
-    try:
+    taken = BlockingIOError if is_posix else PermissionError
+    with contextlib.ExitStack() as stack:
         try:
             if is_posix:
                 import fcntl
 
+                handle = os.open(path, os.O_RDONLY)
+                stack.callback(os.close, handle)
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             else:
                 import msvcrt
 
+                handle = stack.enter_context(open(path / ".lock", "a")).fileno()
                 msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)
-        except (BlockingIOError, PermissionError):
+        except taken:
             raise InputError(f"another run writes to --output-dir {path}; choose another, or wait for it") from None
         except OSError:
             pass
         yield path
-    finally:
-        os.close(handle)
 
 
 def check_writable(path: str | Path, flag: str = "--output") -> None:

@@ -19,7 +19,7 @@ from export.formats import ExportedModel, is_exported, read_exported
 from faces.align import Face, align_face
 from faces.detector import CROP_SIZE, find_faces
 from models import InputSpec, device_of
-from preprocessing import in_chunks, read_image, read_whole, to_input
+from preprocessing import in_chunks, read_image, read_whole, reduction_of, to_input
 
 BUNDLED = Path(__file__).resolve().parent / "weights" / "emotion_model.pth"
 Prediction = tuple[str, float, dict[str, float]]
@@ -146,10 +146,10 @@ def predict_faces(
     """
     class_names = _check_classes(model, class_names)
     found = classify(model, [image], make_finder(model.info.input_spec, "on", min_size))
-    faces = [(view.face, to_prediction(probs, class_names)) for view, probs in found if view.face]
+    faces = [(view, to_prediction(probs, class_names)) for view, probs in found if view.face]
     return [
-        {"box": face.box, "score": face.score, "emotion": emotion, "confidence": confidence, "probs": all_probs}
-        for face, (emotion, confidence, all_probs) in faces
+        {"box": view.box, "score": view.face.score, "emotion": emotion, "confidence": confidence, "probs": all_probs}
+        for view, (emotion, confidence, all_probs) in faces
     ]
 
 
@@ -208,6 +208,12 @@ class View:
     number: int = 0
     face: Face | None = None
     time: float | None = None
+    reduction: int = 1  # the face is where it was found, in a large JPEG that was decoded at a half or a quarter
+
+    @property
+    def box(self) -> tuple[int, int, int, int]:
+        """(left, top, width, height) of the face in pixels of the file."""
+        return tuple(self.reduction * edge for edge in self.face.box)
 
 
 Found = tuple[View, np.ndarray | None]  # with its pixels; None: no face was found
@@ -236,7 +242,8 @@ def make_finder(spec: InputSpec, faces: str = "off", min_size: int | None = None
             return
         found = find_faces(pixels, min_size=min_size, turns=turns)
         for number, face in enumerate(found, 1):
-            yield View(source, "face", number, face), read_image(align_face(pixels, face), spec)
+            view = View(source, "face", number, face, reduction=reduction_of(source))
+            yield view, read_image(align_face(pixels, face), spec)
         if not found:
             yield View(source, "none"), None
 

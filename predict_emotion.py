@@ -78,25 +78,26 @@ def get_args_parser() -> ArgumentParser:
 
 
 def find_images(inputs: list[str]) -> list[str]:
-    """Paths of images, folders (searched through) and patterns, each once; InputError for one that leads to nothing.
-
-    Annotated copies of an earlier run are taken only if they are named one by one.
-    """
+    """Paths of images, folders (searched through) and patterns, each once; InputError for one that leads to nothing."""
     found = []
     for item in inputs:
         if os.path.isdir(item):
-            paths = [entry.path for entry in walk_images(item) if not entry.name.endswith(COPY)]
+            paths = [entry.path for entry in walk_images(item)]
             if not paths:
                 raise InputError(f"no images in the folder {item}, which holds {describe_others(item) or 'no files'}")
         elif os.path.lexists(item):
             paths = [item]
         else:
-            matches = glob.glob(item, recursive=True)
-            paths = sorted(path for path in matches if not (os.path.isdir(path) or path.endswith(COPY)))
+            paths = sorted(path for path in glob.glob(item, recursive=True) if not os.path.isdir(path))
             if not paths:
                 raise InputError(f"no file or pattern match: {item}")
         found += paths
     return list(dict.fromkeys(found))
+
+
+def is_own_copy(path: str, folder: str | None) -> bool:
+    """Whether an earlier run has written the file to `folder`, the --annotate of this one."""
+    return bool(folder) and path.endswith(COPY) and os.path.realpath(folder) == os.path.dirname(os.path.realpath(path))
 
 
 # Printing
@@ -112,7 +113,7 @@ def format_bars(all_probs: dict[str, float]) -> list[str]:
 def describe_view(view: View) -> str:
     """Which part of the image was classified, or that none was; empty for the whole of a small image."""
     if view.kind == "face":
-        left, top, width, height = view.face.box
+        left, top, width, height = view.box
         turned = f", turned by {view.face.tilt:.0f} degrees" if abs(view.face.tilt) > 45 else ""
         return f"face {view.number} at {left}, {top}, {width} x {height} pixels{turned}"
     return {"whole": "whole image", "crop": "", "none": "no face found"}[view.kind]
@@ -175,7 +176,7 @@ def to_row(view: View, prediction: Prediction | None, class_columns: dict[str, s
     """A row of --output: `face` is a face's number, "whole" for a whole image, "none" if there is no face."""
     row = {"file": view.source, "time": view.time, "face": {"crop": "whole"}.get(view.kind, view.kind)}
     if view.face:
-        row |= dict(zip(("left", "top", "width", "height"), view.face.box, strict=True))
+        row |= dict(zip(("left", "top", "width", "height"), view.box, strict=True))
         row |= {"face": view.number, "score": round(view.face.score, 4)}
     if prediction:
         emotion, confidence, all_probs = prediction
@@ -330,7 +331,9 @@ def main(argv: list[str] | None = None) -> int | None:
         if Path(args.output).suffix.lower() not in (".csv", ".json"):
             raise InputError(f"--output {args.output}: the name must end in .csv or .json")
         check_writable(args.output)
-    paths = find_images(args.inputs)
+    paths = [path for path in find_images(args.inputs) if not is_own_copy(path, args.annotate)]
+    if args.inputs and not paths:
+        raise InputError(f"all images named are copies of an earlier --annotate {args.annotate}")
     photos = not is_sample_set(paths)  # False without any path: test/ may be the sample set's
     model, info = inference.open_model(args.checkpoint, args.device, trust=args.trust, photos=photos)
     if args.info:

@@ -14,7 +14,6 @@ fer2013.csv, icml_face_data.csv, a zip or tar.gz with one of those tables, or a 
 import contextlib
 import json
 import os
-import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -63,14 +62,17 @@ def get_args_parser() -> ArgumentParser:
 def new_folder(target: Path, *names: str) -> Iterator[Path]:
     """Yields an empty folder; its content moves to `target`, the --output-dir, at the end, but not after an error.
 
-    A target that exists must be empty, or with `names` hold no files in the folders of these names. It may be a mount
-    point or the current folder, so it is filled, not replaced. InputError if it holds more, and for any OSError.
+    A target that exists must be empty, or with `names` only be without these. It may be a mount point or the current
+    folder, so it is filled, not replaced. InputError if it holds more, and for any OSError.
     """
+    target = Path(os.path.abspath(target))
     exists = os.path.isdir(target)
     try:
         for path in [target / name for name in names] or [target]:
-            if os.path.exists(path) and (not path.is_dir() or (walk(path) if names else any(path.iterdir()))):
-                raise InputError(f"--output-dir: {path} is there and not empty; choose a new folder")
+            if os.path.lexists(path) and (names or not exists or any(path.iterdir())):
+                raise InputError(
+                    f"--output-dir: {path} is there{'' if names else ' and not empty'}; choose a new folder"
+                )
         parent = target if exists else target.parent
         parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".partial-", dir=parent) as temporary:
@@ -80,10 +82,7 @@ def new_folder(target: Path, *names: str) -> Iterator[Path]:
             if hasattr(os, "sync"):
                 os.sync()  # a power cut must not leave half of the images behind whole names
             for source in list(partial.iterdir()) if exists else [partial]:
-                place = target / source.name if exists else target
-                if place.is_dir():  # and empty, except for folders
-                    shutil.rmtree(place)
-                source.rename(place)
+                source.rename(target / source.name if exists else target)
             flush_folder(parent)
     except OSError as error:
         raise InputError(f"can't fill --output-dir {target}: {error}") from error

@@ -89,14 +89,27 @@ def _open(source) -> Image.Image:
         formats = _load_heif()
     image = Image.open(io.BytesIO(content), formats=formats)
     width, height = image.size
-    scale = max(math.sqrt(width * height / MAX_PIXELS), max(width, height) / MAX_SIDE)
-    if scale > 1 and image.format != "JPEG":
+    if (scale := _reduction(image)) > 1:
+        image.draft(None, (max(1, width // scale), max(1, height // scale)))
+    if image.width * image.height > MAX_PIXELS or max(image.size) > MAX_SIDE:
         raise ValueError(f"{width} x {height} pixels are more than {MAX_PIXELS:,}, or than {MAX_SIDE:,} on a side")
-    if scale > 1:
-        image.draft(None, (width // 2, height // 2) if scale <= 2 else (width // 4, height // 4))
     if image.format == "PNG":  # whose checksums Pillow does not check when it decodes
         Image.open(io.BytesIO(content), formats=("PNG",)).verify()
     return image
+
+
+def _reduction(image: Image.Image) -> int:
+    """By what the sides of a large JPEG are divided while it is decoded: 1, 2 or 4. (MPO is JPEG with more to it.)"""
+    scale = max(math.sqrt(image.width * image.height / MAX_PIXELS), max(image.size) / MAX_SIDE)
+    return (1 if scale <= 1 else 2 if scale <= 2 else 4) if image.format in ("JPEG", "MPO") else 1
+
+
+def reduction_of(source) -> int:
+    """By what read_whole divides the sides of `source`: 1, except for large JPEGs."""
+    if not isinstance(source, str | os.PathLike):
+        return 1
+    with _named_errors(source), Image.open(source, formats=READABLE + ("MPO",)) as image:
+        return _reduction(image)
 
 
 def _load_heif() -> tuple[str, ...]:

@@ -1,5 +1,6 @@
 """Metrics from scikit-learn, plots from matplotlib; all of it from labels, log-probabilities and the history."""
 
+import contextlib
 import csv
 import json
 from functools import cache, partial
@@ -176,7 +177,11 @@ def find_font(character: str):
 
     fonts = [font for font in fontManager.ttflist if not font.name.startswith("Last Resort")]  # which has empty boxes
     fonts.sort(key=lambda font: (font.name != "DejaVu Sans", font.style != "normal", font.weight != 400))
-    return next((font for font in fonts if ord(character) in FT2Font(font.fname).get_charmap()), None)
+    for font in fonts:
+        with contextlib.suppress(OSError, RuntimeError):  # matplotlib remembers fonts that are gone
+            if ord(character) in FT2Font(font.fname).get_charmap():
+                return font
+    return None
 
 
 def drawable(text: str) -> str:
@@ -191,7 +196,7 @@ def _plain(text: str) -> str:
 
 
 def _numbered(class_names: list[str]) -> list[str]:
-    """The names for a plot; of one that can't be drawn, its number in the report that is printed."""
+    """The names for a plot; of one that can't be drawn, its number in the order of the classes."""
     return [_plain(name) if drawable(name) == name else f"{number}" for number, name in enumerate(class_names, 1)]
 
 
@@ -266,7 +271,8 @@ def plot_confusion_matrix(metrics: dict, path: str | Path) -> None:
 def plot_reliability(metrics: dict, path: str | Path) -> None:
     """Accuracy over confidence, with the temperature and without it; on the diagonal confidence is accuracy.
 
-    The area of a point is the number of images in its bin. Bins of fewer than 10 are left out: chance decides there.
+    The area of a point is the number of images in its bin. Bins of fewer than 10 are left out, since chance decides
+    there, unless all have fewer.
     """
     figure = _figure(6, 6.4)
     axes = figure.subplots()
@@ -275,7 +281,7 @@ def plot_reliability(metrics: dict, path: str | Path) -> None:
     if metrics["temperature"] != 1:  # else the same curve again
         curves.append(("calibration", "tab:blue", f"temperature {metrics['temperature']:.2f}"))
     for key, color, name in curves:
-        rows = [row for row in metrics[key]["bins"] if row["count"] >= 10]
+        rows = [row for row in metrics[key]["bins"] if row["count"] >= 10] or metrics[key]["bins"]
         confidence, accuracy = ([100 * row[column] for row in rows] for column in ("confidence", "accuracy"))
         areas = [20 + 300 * row["count"] / metrics["count"] for row in rows]
         axes.plot(confidence, accuracy, color=color, label=f"{name}: ECE {100 * metrics[key]['ece']:.1f}%")

@@ -16,8 +16,8 @@ import sys
 import time
 from argparse import BooleanOptionalAction
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, replace
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import asdict, fields, replace
 from functools import partial
 from pathlib import Path
 
@@ -35,7 +35,7 @@ from checkpoints import (
 )
 from console import ArgumentParser, make_output_dir, number, own_output_dir, run_script, to_flags
 from data import SAMPLE_SET, find_splits
-from device import PRECISIONS, keep_freed_memory, memory_format, pick_device, pick_precision
+from device import PRECISIONS, keep_freed_memory, memory_format, pick_device, pick_precision, torchrun_ranks
 from engine import distributed, resume
 from engine.augment import EXAMPLE, PRESETS, augment, parse_augment
 from engine.distributed import ProcessGroup
@@ -99,11 +99,11 @@ def add_training_flags(parser: ArgumentParser) -> None:
     add("--augment", help=f"{', '.join(PRESETS)}, or strengths such as {EXAMPLE}")
     add("--optimizer", choices=OPTIMIZERS, help="muon and sgd have Nesterov momentum 0.9")
     add("--lr", type=number(float, 1e-9), help="learning rate; of onecycle and linear the peak")
-    add("--backbone-lr", default=1.0, type=number(float, 0, 1), help="share of --lr for trained layers below the head")
+    add("--backbone-lr", type=number(float, 0, 1), help="share of --lr for trained layers below the head")
     add("--weight-decay", type=number(float, 0), help="L2 penalty of adam and sgd; decoupled for adamw and muon")
     add("--schedule", choices=SCHEDULES, help="of the learning rate")
     add("--class-weights", choices=CLASS_WEIGHTS, help="weigh rare classes more in the loss")
-    add("--logit-adjustment", default=0.0, type=number(float, 0), help="add this * log(class share) in the loss")
+    add("--logit-adjustment", type=number(float, 0), help="add this * log(class share) in the loss")
     add("--label-smoothing", type=SHARE, help="share of the target spread over all classes")
     add("--mixup", type=number(float, 0), metavar="ALPHA", help="blend pairs of images, such as 0.2; 0 is off")
     add("--ema", type=SHARE, metavar="DECAY", help="average the weights, such as 0.999; 0 is off")
@@ -136,15 +136,16 @@ def parse_settings(argv: list[str] | None) -> tuple[Settings, dict | None]:
         return settings, None
     path = Path(args.resume or os.path.join(args.output_dir, FINAL_NAME))
     checkpoint = resume.read_resumable(path)
-    parser.set_defaults(output_dir=str(path.parent), pretrained=False)
-    saved = {name: value for name, value in checkpoint["config"].items() if hasattr(args, name)}
+    parser.set_defaults(output_dir=str(path.parent), pretrained=False, logit_adjustment=0.0, backbone_lr=1.0)
+    names = {field.name for field in fields(Settings)} - {"output_dir", "resume"}
+    saved = {name: value for name, value in checkpoint["config"].items() if name in names}
     try:
         Settings(**vars(parser.parse_args(to_flags(saved))))
     except InputError as error:
         raise InputError(f"--resume: {path} is damaged: {error}") from None
     if args.teacher:  # argparse would add them to those of the file
         saved["teacher"] = None
-    flags = to_flags(saved) + (sys.argv[1:] if argv is None else argv)
+    flags = to_flags(saved) + list(sys.argv[1:] if argv is None else argv)
     settings = replace(Settings(**vars(parser.parse_args(flags))), resume=str(path))
     resume.check_unchanged(settings, checkpoint)
     settings.check_teachers()
@@ -234,7 +235,7 @@ def load_data(settings: Settings, device: torch.device) -> Splits:
 
 def check_group(settings: Settings, splits: Splits, fingerprint: dict, group: ProcessGroup) -> None:
     """Raises InputError if there is too little for every process, or if they were given different things."""
-    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0 and settings.resume is None:
+    if torchrun_ranks() and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" and settings.resume is None:
         raise InputError("torchrun's restart would train anew over the last checkpoint; pass --resume, or 0 restarts")
     if min(settings.batch_size, len(splits.train)) < 2 * group.world_size:
         raise InputError(
@@ -337,7 +338,8 @@ def resume_hint(output_dir: Path, progress: resume.Progress, group: ProcessGroup
         if progress.epoch == 0:
             hint = "no epoch had ended, so there is nothing to resume"
         if group.is_main:
-            print(f"\nstopped; {hint}", file=sys.stderr, flush=True)
+            with suppress(OSError):  # the terminal may be closed
+                print(f"\nstopped; {hint}", file=sys.stderr, flush=True)
         raise
 
 

@@ -55,7 +55,8 @@ PRESETS = {
         flip=0.5, rotation=15, translate=0.12, scale=0.15, crop=0.8, brightness=0.3, contrast=0.3, erase=0.25
     ),
 }
-EXAMPLE = "flip,rotation=10,translate=0.1,scale=0.1,crop=0.8,window=0.83,brightness=0.2,contrast=0.2,erase=0.25"
+EXAMPLE = "flip,rotation=10,translate=0.1,scale=0.1,crop=0.8,window=0.83,brightness=0.2,contrast=0.2,gamma=0.4,"
+EXAMPLE += "blur=1,noise=0.05,erase=0.25"
 
 
 def parse_augment(text: str) -> Strengths:

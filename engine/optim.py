@@ -118,8 +118,9 @@ def make_scheduler(name: str, optimizer: torch.optim.Optimizer, *, total_steps: 
     if name == "onecycle":
         return schedulers.OneCycleLR(optimizer, peaks, total_steps=total_steps)
     if name == "linear":
-        shape = {"pct_start": 0.05, "anneal_strategy": "linear", "cycle_momentum": False}
-        return schedulers.OneCycleLR(optimizer, peaks, total_steps=total_steps, **shape)
+        rise = max(1, total_steps // 20)
+        fall = max(1, total_steps - rise)
+        return schedulers.LambdaLR(optimizer, lambda step: min((step + 1) / rise, (total_steps - step) / fall))
     return None
 
 

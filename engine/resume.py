@@ -13,6 +13,7 @@ from checkpoints import (
     BEST_NAME,
     FINAL_NAME,
     PREVIOUS_NAME,
+    check_weights,
     is_number,
     is_table,
     make_checkpoint,
@@ -176,6 +177,8 @@ def restore(checkpoint: dict, path: str, step: TrainStep, fingerprint: dict) -> 
     if not best_path.exists():
         raise InputError(f"--resume: {BEST_NAME} is missing next to {path}; put it back or train anew")
     best = read_checkpoint(best_path)
+    if not is_number(_score(best)["val_acc"]) or not is_number(_score(best)["val_loss"]):
+        raise InputError(f"--resume: {best_path} is damaged: its metrics are missing")
     if not _is_same_run(best, checkpoint):
         raise InputError(
             f"--resume: {best_path} is of another run than {path}, or of later epochs; put the right one back or "
@@ -191,8 +194,15 @@ def restore(checkpoint: dict, path: str, step: TrainStep, fingerprint: dict) -> 
 
 
 def _load_state(checkpoint: dict, step: TrainStep) -> None:
+    check_weights(checkpoint["train_state_dict"], "train_state_dict")
     step.model.load_state_dict(checkpoint["train_state_dict"])
+    for saved, own in zip(checkpoint["optimizer"]["param_groups"], step.optimizer.param_groups, strict=True):
+        if any(type(saved[name]) is not type(value) for name, value in own.items()):
+            raise TypeError("a setting of the optimizer is of another type")
     step.optimizer.load_state_dict(checkpoint["optimizer"])
+    for parameter, state in step.optimizer.state.items():
+        if any(value.shape not in (parameter.shape, ()) for value in state.values()):
+            raise ValueError("the state of the optimizer does not fit")
     step.scaler.load_state_dict(checkpoint["scaler"])
     for part, name in ((step.scheduler, "scheduler"), (step.ema, "ema")):
         if part:

@@ -30,11 +30,13 @@ Result = tuple[View, Prediction | None]  # None: an image without a face
 Area = tuple[float, float, float, float]  # left, top, right, bottom in pixels
 
 
-@cache
+_open_font, _default_font = cache(ImageFont.truetype), cache(ImageFont.load_default)
+
+
 def _load_font(size: float, text: str) -> ImageFont.FreeTypeFont:
     """Pillow's own font; for letters that it lacks, one that matplotlib knows."""
     font = next((find_font(char) for char in text if not char.isascii()), None)
-    return ImageFont.truetype(font.fname, size) if font else ImageFont.load_default(size)
+    return _open_font(font.fname, size) if font else _default_font(size)
 
 
 def draw_faces(pixels: np.ndarray, results: list[Result], *, enlarge: bool = True) -> Image.Image:

@@ -85,21 +85,39 @@ def group_near(gray: np.ndarray) -> np.ndarray:
     """
     groups, parts = np.arange(len(gray)), np.array_split(gray, 1 + len(gray) // 4096)
     hashes = np.concatenate([hash_images(part) for part in parts])
+    mean, std = np.array([(image.mean(), image.std()) for image in gray], np.float32).reshape(-1, 2).T
+    images = _Images(gray.reshape(-1, SIDE * SIDE), mean, std, hashes)
     for pair in tqdm(list(combinations(range(8), 2)), desc="comparing", unit="pass", leave=False, disable=None):
         bytes_in_order = [*pair, *(byte for byte in range(8) if byte not in pair)]
         order = np.lexsort([hashes[:, byte] for byte in reversed(bytes_in_order)])
         keys = hashes[order, pair[0]].astype(int) << 8 | hashes[order, pair[1]]
-        _compare(gray, hashes, groups, order, keys, steps=1)  # most of what is near is next to one another
+        _compare(images, groups, order, keys, pair[1], steps=1)  # most of what is near is next to one another
         by_group = np.lexsort([groups[order], keys])
         is_first = np.diff(keys[by_group] * len(gray) + groups[order][by_group], prepend=-1) != 0
         place = np.arange(len(order))
         few = np.sort(by_group[place - np.maximum.accumulate(place * is_first) < MEMBERS])
-        _compare(gray, hashes, groups, order[few], keys[few], steps=len(few))
+        _compare(images, groups, order[few], keys[few], pair[1], steps=len(few))
     return groups
 
 
-def _compare(gray: np.ndarray, hashes: np.ndarray, groups: np.ndarray, order: np.ndarray, keys: np.ndarray, steps: int):
-    """Joins, in place, the groups of images in `order` that are near, have one key and lie at most `steps` apart."""
+class _Images(NamedTuple):
+    pixels: np.ndarray  # uint8 (N, SIDE * SIDE)
+    mean: np.ndarray  # float32 (N,)
+    std: np.ndarray  # float32 (N,)
+    hashes: np.ndarray  # uint8 (N, 8)
+
+    def correlation(self, one: np.ndarray, other: np.ndarray) -> np.ndarray:
+        """float32 (n,) of the images at positions `one` (n,) with those at `other`."""
+        products = np.einsum("nd,nd->n", *(self.pixels[rows].astype(np.float32) for rows in (one, other)))
+        covariance = products / self.pixels.shape[1] - self.mean[one] * self.mean[other]
+        return covariance / np.maximum(self.std[one] * self.std[other], 1e-6)
+
+
+def _compare(images: _Images, groups: np.ndarray, order: np.ndarray, keys: np.ndarray, byte: int, steps: int) -> None:
+    """Joins, in place, the groups of images in `order` that are near, have one key and lie at most `steps` apart.
+
+    `byte` is the second of the two that the key is made of.
+    """
     starts = np.arange(len(order))
     for step in range(1, steps + 1):
         starts = starts[: np.searchsorted(starts, len(order) - step)]
@@ -108,20 +126,14 @@ def _compare(gray: np.ndarray, hashes: np.ndarray, groups: np.ndarray, order: np
             return
         left, right = order[starts], order[starts + step]
         left, right = (side[groups[left] != groups[right]] for side in (left, right))
-        bits = np.unpackbits(hashes[left] ^ hashes[right], axis=1).sum(1)
-        left, right = (side[bits <= BITS] for side in (left, right))
+        differences = images.hashes[left] ^ images.hashes[right]
+        is_new = (differences[:, : byte + 1] == 0).sum(1) == 2  # else an earlier pass has compared the two
+        is_near = is_new & (np.unpackbits(differences, axis=1).sum(1) <= BITS)
+        left, right = left[is_near], right[is_near]
         for first in range(0, len(left), 4096):
             one, other = left[first : first + 4096], right[first : first + 4096]
-            near = _correlation(gray[one], gray[other]) >= CORRELATION
+            near = images.correlation(one, other) >= CORRELATION
             _join(groups, one[near], other[near])
-
-
-def _correlation(one: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """float32 (N,) of two times N images uint8 (N, SIDE, SIDE)."""
-    one, other = (images.reshape(-1, SIDE * SIDE).astype(np.float32) for images in (one, other))
-    one, other = (pixels - pixels.mean(1, keepdims=True) for pixels in (one, other))
-    norms = np.linalg.norm(one, axis=1) * np.linalg.norm(other, axis=1)
-    return np.einsum("nd,nd->n", one, other) / np.maximum(norms, 1e-6)
 
 
 def _join(groups: np.ndarray, left: np.ndarray, right: np.ndarray) -> None:
@@ -139,7 +151,7 @@ def _join(groups: np.ndarray, left: np.ndarray, right: np.ndarray) -> None:
 def find_groups(digests: list[str], gray: np.ndarray) -> np.ndarray:
     """int64 (N,): equal numbers for identical files and near-identical images; a blank image is near to none."""
     firsts, same = np.unique(digests, return_index=True, return_inverse=True)[1:]
-    is_seen = np.flatnonzero(gray[firsts].std((1, 2)) >= BLANK)  # of identical files one is compared
+    is_seen = np.flatnonzero([gray[row].std() >= BLANK for row in firsts])  # of identical files one is compared
     groups = np.arange(len(firsts))
     groups[is_seen] = is_seen[group_near(gray[firsts[is_seen]])]
     return groups[same]

@@ -1,5 +1,6 @@
 """checkpoints.py: what is saved is read back, version 1 too; any other file is one line, and runs nothing."""
 
+import codecs
 import contextlib
 import os
 import pickle
@@ -61,6 +62,9 @@ def test_round_trip(tmp_path):
     spec = replace(model.info.input_spec, gray=True)
     model.info = replace(model.info, input_spec=spec, temperature=1.7)
     save_checkpoint(checkpoint_of(model), tmp_path / "model.pth")
+    odd = {"weights": "we\u00a0ights.pth", "teacher": ["\u3000", os.fsdecode(b"\xff")]}  # as names of files may be
+    save_checkpoint(checkpoint_of(model) | {"config": odd}, tmp_path / "model.pth")
+    assert read_checkpoint(tmp_path / "model.pth")["config"] == odd
     loaded = build_model(read_checkpoint(tmp_path / "model.pth"))
     assert not loaded.training and loaded.info == model.info
     assert_same(loaded, model.state_dict())
@@ -234,10 +238,16 @@ def test_a_file_takes_no_more_memory_than_it_is_large(saved):
         def __reduce__(self):
             return self.kind, (10**12,)
 
-    for kind in (bytearray, torch.UntypedStorage, torch.Tensor, torch.FloatTensor):
+    for kind in (bytearray, torch.UntypedStorage, torch.Tensor, torch.FloatTensor, codecs.encode):
         for zipped in (True, False):
             torch.save({**checkpoint, "surplus": Greedy(kind)}, path, _use_new_zipfile_serialization=zipped)
             assert kind.__name__ in file_refusal(path)
+    torch.save({**checkpoint, "surplus": torch.zeros(12_345)}, path, _use_new_zipfile_serialization=False)
+    build_model(read_checkpoint(path))  # the format of torch before 1.6
+    content, old, new = path.read_bytes(), (12_345).to_bytes(2, "little"), (2**31 - 1).to_bytes(4, "little")
+    assert content.count(b"M" + old) == 2  # elements of the storage, then of the tensor
+    path.write_bytes(content.replace(b"M" + old, b"J" + new, 1))
+    assert "no checkpoint" in file_refusal(path)
 
 
 def test_a_checkpoint_saved_on_cuda_is_read_on_the_cpu(saved):

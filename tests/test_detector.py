@@ -209,6 +209,13 @@ def test_faces_off_and_on(photos, predict, model, tmp_path):
     assert rows_of(tmp_path / "p.csv")[0]["face"] == "none"
 
 
+def test_boxes_are_in_pixels_of_the_file(tmp_path, model):
+    """Also of a JPEG that is decoded at half its size."""
+    open_portrait().resize((6400, 6400)).save(tmp_path / "large.jpg")
+    (large,), (small,) = (predict_faces(model, image) for image in (tmp_path / "large.jpg", open_portrait()))
+    assert np.array(large["box"]) / 12.5 == pytest.approx(small["box"], abs=8)
+
+
 def test_a_single_photo_is_a_block_per_face(photos, predict, tmp_path):
     code, out, err = predict(photos / "group.png", "--show-all")
     assert (code, err) == (0, "")

@@ -11,7 +11,7 @@ import sys
 
 import pytest
 import torch
-from conftest import REPO, assert_refused, draw_folder, free_port, refusal, run
+from conftest import REPO, draw_folder, free_port, refusal, run
 from PIL import Image
 from torch import nn
 
@@ -158,11 +158,12 @@ def test_a_process_that_dies_ends_all_and_leaves_what_can_be_resumed(root):
 
 
 def test_what_torchrun_is_refused(root, monkeypatch):
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    assert_refused(train_emotion_cnn.main, flags(root, "restarted"), "restart", "--resume")
     whole = dict(RANK="98", WORLD_SIZE="99", LOCAL_RANK="98", LOCAL_WORLD_SIZE="99", MASTER_ADDR="x", MASTER_PORT="1")
     for name, value in (whole | {"TORCHELASTIC_RUN_ID": "x"}).items():
         monkeypatch.setenv(name, value)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    settings, _ = train_emotion_cnn.parse_settings(list(map(str, flags(root, "restarted"))))
+    assert "--resume" in refusal(train_emotion_cnn.check_group, settings, None, {}, distributed.ALONE)
     for device, words in (("cuda:1", "each its own GPU"), ("mps", "each its own GPU"), ("cuda", "99 processes")):
         assert words in refusal(distributed.init, torch.device(device))
     for left in (

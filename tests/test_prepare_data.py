@@ -389,6 +389,9 @@ def test_sample(tmp_path):
     places = [(tmp_path / "set" / "train", 560), (tmp_path / "set" / "test", 140)]
     assert out.splitlines() == [f"{place}: {count} images, 7 classes" for place, count in places]
     assert [len(read_tree(place)) for place, _ in places] == [560, 140]
+    write(tmp_path, {"other/train/.notes": b"mine"})
+    assert_refused(main, ["sample", "--output-dir", tmp_path / "other"], tmp_path / "other" / "train")
+    assert read_tree(tmp_path / "other") == {"train/.notes": b"mine"}
     (tmp_path / "set" / "mine.txt").unlink()
     drawn = read_tree(tmp_path / "set")
     assert_refused(main, [*arguments, 4], tmp_path / "set" / "train")

@@ -203,6 +203,15 @@ def change_config(**values):
     return lambda data, out: change(FINAL_NAME, config=load(out / FINAL_NAME)["config"] | values)(data, out)
 
 
+def change_optimizer(**values):
+    def spoil(data, out):
+        optimizer = load(out / FINAL_NAME)["optimizer"]
+        optimizer["param_groups"][0] |= values
+        change(FINAL_NAME, optimizer=optimizer)(data, out)
+
+    return spoil
+
+
 @pytest.mark.parametrize(
     ("spoil", "words"),
     [
@@ -210,6 +219,10 @@ def change_config(**values):
         (change(FINAL_NAME, class_names=["angry", "joy", "sad"]), ["changed", FINAL_NAME]),
         (change(BEST_NAME, config={"seed": 1}), [BEST_NAME, "another run"]),
         (change(BEST_NAME, epoch=3), [BEST_NAME, "later epochs"]),
+        (change(BEST_NAME, metrics={}), [BEST_NAME, "damaged"]),
+        (change(FINAL_NAME, history=[{}]), [FINAL_NAME, "damaged"]),
+        (change_optimizer(lr="x"), [FINAL_NAME, "damaged"]),
+        (change_config(output_dir="elsewhere", teacher=["--help"]), ["--teacher", "'--help'"]),
         (lambda data, out: (out / BEST_NAME).unlink(), [BEST_NAME, "missing"]),
         (lambda data, out: (out / FINAL_NAME).unlink(), ["--resume", FINAL_NAME, "first epoch"]),
         (lambda data, out: shutil.copy(out / BEST_NAME, out / FINAL_NAME), ["--resume", "can't be resumed"]),
