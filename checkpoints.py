@@ -13,6 +13,7 @@ import os
 import pickle
 import pickletools
 import re
+import reprlib
 import time
 import uuid
 import warnings
@@ -313,8 +314,8 @@ def check_info(checkpoint: dict, path: str | Path) -> dict:
     version = checkpoint.get("format_version")
     if type(version) is not int or version not in (1, FORMAT_VERSION):  # comparing a tensor may raise
         raise InputError(
-            f"{path} has checkpoint format {version!r:.50}, and this version reads 1 and {FORMAT_VERSION}: use the "
-            "version of this project that wrote it"
+            f"{path} has checkpoint format {reprlib.repr(version)}, and this version reads 1 and {FORMAT_VERSION}: use "
+            "the version of this project that wrote it"
         )
     for key, (kind, is_valid) in _SCHEMA.items():
         try:

@@ -8,6 +8,7 @@ S0 "Emotion Recognition CNN Model" (four classes), S1 "Emotion Recognition with 
 Recognition using CNN (PyTorch)", S3 "Emotion Recognition Model", S4 "Facial Expression Recognition".
 """
 
+import reprlib
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
@@ -36,17 +37,17 @@ class InputSpec:
 
     def __post_init__(self):
         if type(self.image_size) is not int or not 8 <= self.image_size <= 2048:
-            raise InputError(f"image_size must be an integer from 8 to 2048, not {self.image_size!r:.50}")
+            raise InputError(f"image_size must be an integer from 8 to 2048, not {reprlib.repr(self.image_size)}")
         if type(self.channels) is not int or self.channels not in (1, 3):
-            raise InputError(f"channels must be 1 (gray) or 3 (RGB), not {self.channels!r:.50}")
+            raise InputError(f"channels must be 1 (gray) or 3 (RGB), not {reprlib.repr(self.channels)}")
         if type(self.gray) is not bool:
-            raise InputError(f"gray must be True or False, not {self.gray!r:.50}")
+            raise InputError(f"gray must be True or False, not {reprlib.repr(self.gray)}")
         for name, low, high in (("mean", -1000, 1000), ("std", 0.001, 1000)):
             values = getattr(self, name)
             is_list = isinstance(values, list | tuple) and len(values) == self.channels
             if not is_list or not all(isinstance(value, int | float) and low <= value <= high for value in values):
                 limits = f"{low:g} to {high:g}, one for each channel"
-                raise InputError(f"{name} must be {self.channels} numbers from {limits}, not {values!r:.50}")
+                raise InputError(f"{name} must be {self.channels} numbers from {limits}, not {reprlib.repr(values)}")
             object.__setattr__(self, name, tuple(map(float, values)))
 
     def to_dict(self) -> dict:
@@ -56,8 +57,9 @@ class InputSpec:
     def from_dict(cls, values: dict) -> "InputSpec":
         """Raises InputError if keys are missing, unknown or out of range."""
         names = {field.name for field in fields(cls)}
-        if not isinstance(values, dict) or set(values) != names:
-            raise InputError(f"an input_spec has the keys {sorted(names)}, not {values!r}")
+        keys = list(values) if isinstance(values, dict) else values
+        if not isinstance(values, dict) or set(keys) != names:
+            raise InputError(f"an input_spec has the keys {sorted(names)}, not {reprlib.repr(keys)}")
         return cls(**values)
 
     @property

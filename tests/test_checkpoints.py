@@ -4,6 +4,7 @@ import codecs
 import contextlib
 import os
 import pickle
+import reprlib
 import zipfile
 from dataclasses import replace
 from pathlib import Path
@@ -273,9 +274,20 @@ def test_missing_key_or_wrong_type(saved, key):
         assert key in refusal_of(saved, **{key: wrong})
 
 
+SHARED = [[]]
+for _ in range(60):  # few lists in the file, 2**60 as a tree
+    SHARED = [SHARED, SHARED]
 MANY = [f"class {number}" for number in range(10_001)]
 WRONG = [  # (what is changed, words of the message)
     *(({"format_version": version}, (repr(version), str(2))) for version in (0, 3, "1", 1.0, True, None)),
+    *(
+        ({"format_version": SHARED, "config": {"lr": SHARED}, "input_spec": {"mean": SHARED}} | good, words)
+        for good, words in (
+            ({}, ("format",)),
+            ({"format_version": 2}, ("mean",)),
+            ({"format_version": 2, "input_spec": {}}, ("config",)),
+        )
+    ),
     ({"format_version": torch.tensor([1, 2])}, ("format",)),
     *(({"class_names": names}, ("class",)) for names in ([], NAMES[:2], [*NAMES, "more"], ["sad", "happy", "happy"])),
     *(({"input_spec": {"mean": value}}, ("mean",)) for value in (10**400, [1e30] * 3, [torch.zeros(2)] * 3, "abc")),
@@ -296,7 +308,7 @@ WRONG = [  # (what is changed, words of the message)
 ]
 
 
-@pytest.mark.parametrize(("change", "words"), WRONG, ids=lambda value: f"{value!r:.40}")
+@pytest.mark.parametrize(("change", "words"), WRONG, ids=lambda value: reprlib.repr(value)[:40])
 def test_values_that_are_wrong(saved, change, words):
     spec = saved[1]["input_spec"] | change.get("input_spec", {})
     message = refusal_of(saved, **change | {"input_spec": spec})

@@ -75,7 +75,7 @@ def test_walls(name):
 def test_sizes():
     assert len(ROOT) <= 17
     lines = {name: len(path.read_text(encoding="utf-8").splitlines()) for name, path in MODULES.items()}
-    assert max(lines.values()) < 400 and sum(lines.values()) <= 7200
+    assert max(lines.values()) < 400 and sum(lines.values()) <= 7300
     for name, path in MODULES.items():
         for node in functions(parse(path)):
             most = 60 if (name, node.name) == ("train_emotion_cnn", "main") else 49
