@@ -1,6 +1,6 @@
 """Mutates a checkpoint and loads it: types, sizes, NaN, nesting, bytes of the pickle.
 
-    python -m tests.soak.hostile --files 3000       # about 3 minutes on two cores
+    python -m tests.soak.hostile --files 700        # about 6 minutes on two cores
 
 Every value of a final checkpoint, however deep, may be replaced by something odd, be removed or be joined by more of
 its kind; or bytes of the file are changed, or the whole is compressed. Each file is opened as prediction, --info,
@@ -138,7 +138,7 @@ def limited_memory(room: int):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--files", type=int, default=3000, help="(default: 3000)")
+    parser.add_argument("--files", type=int, default=700, help="(default: 700)")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder, limited_memory(ROOM):
         found = soak(args.files, Path(folder))
