@@ -241,8 +241,9 @@ def make_finder(spec: InputSpec, faces: str = "off", min_size: int | None = None
             yield View(source, "crop"), read_image(pixels, spec)
             return
         found = find_faces(pixels, min_size=min_size, turns=turns)
+        reduction = reduction_of(source) if found else 1
         for number, face in enumerate(found, 1):
-            view = View(source, "face", number, face, reduction=reduction_of(source))
+            view = View(source, "face", number, face, reduction=reduction)
             yield view, read_image(align_face(pixels, face), spec)
         if not found:
             yield View(source, "none"), None

@@ -106,10 +106,10 @@ def _reduction(image: Image.Image) -> int:
 
 def reduction_of(source) -> int:
     """By what read_whole divides the sides of `source`: 1, except for large JPEGs."""
-    if not isinstance(source, str | os.PathLike):
-        return 1
-    with _named_errors(source), Image.open(source, formats=READABLE + ("MPO",)) as image:
-        return _reduction(image)
+    if isinstance(source, str | os.PathLike):
+        with contextlib.suppress(OSError), Image.open(source, formats=("JPEG",)) as image:  # refuses other formats
+            return _reduction(image)
+    return 1
 
 
 def _load_heif() -> tuple[str, ...]:
